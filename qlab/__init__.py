@@ -1,0 +1,1 @@
+"""A workbench for quantizing PyTorch models inside Jupyter."""

@@ -1,0 +1,1 @@
+"""Measurements of a simulation that leave it as it was."""

@@ -1,0 +1,1 @@
+"""A captured model as named layers: capture, patterns, validation and incremental replay."""

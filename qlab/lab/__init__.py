@@ -1,0 +1,1 @@
+"""The observable experiment: jobs, events, history and journal, without Jupyter."""

@@ -1,0 +1,1 @@
+"""Tensors only: what is asked of one, what was seen, the grid found, and the arithmetic on it."""

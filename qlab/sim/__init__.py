@@ -1,0 +1,1 @@
+"""The quantized simulation of a captured model: placement, calibration, evaluation, snapshots."""

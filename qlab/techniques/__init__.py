@@ -1,0 +1,1 @@
+"""What makes a simulation better, one technique a file."""

@@ -1,0 +1,1 @@
+"""Widgets on a Lab; the only package that imports ipywidgets and anywidget."""
