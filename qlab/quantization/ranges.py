@@ -1,0 +1,194 @@
+"""Range rules: from a sample of a tensor and a spec to the grid.
+
+Every rule chooses a range per channel; `encoding_of_range` turns a range into a grid in one place. Errors of a
+candidate range are computed on the sample, so no rule needs the data again.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qlab.quantization.encoding import Encoding
+from qlab.quantization.spec import QuantSpec, Scheme
+from qlab.quantization.statistics import Sample
+
+Range = tuple[Tensor, Tensor]
+
+
+def find_encoding(sample: Sample, spec: QuantSpec, axis: int | None = None) -> Encoding:
+    """The grid for `sample` under `spec`: one scale a row; a single one ([]) for one row without axis.
+
+    A known range wins over the rule.
+    """
+    if spec.known_range is not None:
+        low, high = (torch.full_like(sample.minimum, bound) for bound in spec.known_range)
+    else:
+        low, high = RULES[spec.rule.name](sample, spec)
+    return encoding_of_range(low, high, spec, axis)
+
+
+def encoding_of_range(low: Tensor, high: Tensor, spec: QuantSpec, axis: int | None = None) -> Encoding:
+    """The grid of `spec` that covers [low, high], zero always included and exact.
+
+    asymmetric: s = (high - low) / N, z = round(-low / s); symmetric: s = max(high / qmax, -low / -qmin);
+    N = 2^bits - 1. Scales are at least min(1.2e-7, 0.01 / N), so that constant tensors have a grid.
+    Shapes: low, high [C] -> scale, zero_point [C]; scalars [] where axis is None and C = 1.
+    """
+    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+    nonnegative = bool((low >= 0).all())
+    qmin, qmax = spec.limits(nonnegative)
+    floor = min(1.2e-7, 0.01 / (qmax - qmin))
+    if spec.scheme is Scheme.ASYMMETRIC:
+        # The scale is rounded to float32 first: the zero point must belong to the scale that is used.
+        scale = ((high - low) / (qmax - qmin)).clamp_min(floor).float()
+        zero_point = torch.round(-low / scale.double()).clamp(qmin, qmax).float()
+    else:
+        scale = torch.maximum(high / qmax, low / qmin if qmin else torch.zeros_like(low)).clamp_min(floor).float()
+        zero_point = torch.zeros_like(scale)
+    if axis is None and scale.numel() == 1:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    return Encoding(scale, zero_point, qmin, qmax, axis)
+
+
+def min_max(sample: Sample, spec: QuantSpec) -> Range:
+    """The range seen: no value is clipped."""
+    return sample.minimum, sample.maximum
+
+
+def percentile(sample: Sample, spec: QuantSpec) -> Range:
+    """The range between the (100 - p)th and the pth percentile, interpolated inside a bin."""
+    share = (spec.rule.parameter or 99.99) / 100
+    order = sample.values.argsort(1)
+    values, counts = sample.values.gather(1, order).double(), sample.counts.gather(1, order).double()
+    total = counts.sum(1, keepdim=True)
+    # An exact sample of n values has its k-th value at share k / (n - 1); a bin spreads its count over its width.
+    exact = bool((sample.bin_width == 0).all())
+    reached = counts.cumsum(1)
+    positions = (reached - counts) / (total - 1).clamp_min(1) if exact else (reached - counts / 2) / total
+
+    def at(target: float) -> Tensor:
+        right = torch.searchsorted(positions, torch.full_like(total, target)).clamp(1, values.shape[1] - 1)
+        if values.shape[1] == 1:
+            return values[:, 0].float()
+        x0, x1 = positions.gather(1, right - 1), positions.gather(1, right)
+        y0, y1 = values.gather(1, right - 1), values.gather(1, right)
+        part = ((target - x0) / (x1 - x0).clamp_min(1e-300)).clamp(0, 1)
+        return (y0 + part * (y1 - y0)).squeeze(1).float()
+
+    if values.shape[1] == 1:
+        return sample.minimum, sample.maximum
+    return torch.maximum(at(1 - share), sample.minimum), torch.minimum(at(share), sample.maximum)
+
+
+def mse(sample: Sample, spec: QuantSpec) -> Range:
+    """The range that minimises the expected squared rounding and clipping error.
+
+    100 shrink factors of the range seen; an asymmetric grid then refines both ends in turn (coordinate search).
+    error(range) = sum over the sample of count * (x - fake_quantize(x))^2. Source: Choukroun et al. 2019,
+    arXiv:1902.06822.
+    """
+    return _search(sample, spec, clipping_weight=1.0)
+
+
+def sqnr(sample: Sample, spec: QuantSpec) -> Range:
+    """As `mse`, with errors of clipped values weighted by 3 (the weight that AIMET's tf-enhanced rule uses)."""
+    return _search(sample, spec, clipping_weight=3.0)
+
+
+def entropy(sample: Sample, spec: QuantSpec) -> Range:
+    """The range whose quantized histogram has the least Kullback-Leibler divergence from the histogram seen.
+
+    Clipped counts join the outermost kept bins of the reference; each level's count is spread evenly over its filled
+    bins. Source: S. Migacz, 8-bit inference with TensorRT, 2017. 100 shrink factors.
+    """
+    best_low, best_high = sample.minimum.clone(), sample.maximum.clone()
+    best = torch.full_like(best_low, math.inf, dtype=torch.float64)
+    for factor in _FACTORS:
+        low, high = sample.minimum * factor, sample.maximum * factor
+        divergence = _divergence(sample, low, high, spec)
+        better = divergence < best - 1e-12
+        best = torch.where(better, divergence, best)
+        best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)
+    return best_low, best_high
+
+
+def error_of_range(sample: Sample, low: Tensor, high: Tensor, spec: QuantSpec, clipping_weight: float = 1.0) -> Tensor:
+    """The mean squared error [C] of quantizing `sample` on the grid for [low, high], clipped values weighted."""
+    encoding = encoding_of_range(low, high, spec, axis=0)
+    scale, zero_point = encoding.scale[:, None], encoding.zero_point[:, None]
+    values = sample.values
+    levels = torch.round(values / scale) + zero_point
+    kept = levels.clamp(encoding.qmin, encoding.qmax)
+    squared = ((kept - zero_point) * scale - values).square_()
+    clipped = levels != kept
+    # A histogram cannot resolve steps finer than its bins: there rounding costs scale^2 / 12 whatever the value.
+    fine = (encoding.scale < 2 * sample.bin_width)[:, None]
+    squared = torch.where(fine & ~clipped, (scale * scale / 12).expand_as(squared), squared)
+    if clipping_weight != 1.0:
+        squared = torch.where(clipped, squared * clipping_weight, squared)
+    return (squared.double() * sample.counts).sum(1) / sample.counts.sum(1).clamp_min(1)
+
+
+_FACTORS = tuple((i + 1) / 100 for i in reversed(range(100)))  # widest first, so that ties clip nothing
+
+
+def _search(sample: Sample, spec: QuantSpec, clipping_weight: float) -> Range:
+    best_low, best_high = sample.minimum.clone(), sample.maximum.clone()
+    best = torch.full_like(best_low, math.inf, dtype=torch.float64)
+
+    def attempt(low: Tensor, high: Tensor) -> None:
+        nonlocal best, best_low, best_high
+        error = error_of_range(sample, low, high, spec, clipping_weight)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)
+
+    for factor in _FACTORS:
+        attempt(sample.minimum * factor, sample.maximum * factor)
+    if spec.scheme is Scheme.ASYMMETRIC:
+        for reach in (1.0, 0.2):
+            for moves_low in (True, False):
+                low, high = best_low, best_high
+                for part in torch.linspace(-reach, reach, 17).tolist():
+                    if moves_low:
+                        attempt(torch.maximum(low * (1 + part), sample.minimum), high)
+                    else:
+                        attempt(low, torch.minimum(high * (1 + part), sample.maximum))
+    return best_low, best_high
+
+
+def _divergence(sample: Sample, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    encoding = encoding_of_range(low, high, spec, axis=0)
+    scale, zero_point = encoding.scale[:, None], encoding.zero_point[:, None]
+    levels = torch.round(sample.values / scale) + zero_point
+    level = levels.clamp(encoding.qmin, encoding.qmax)
+    index = (level - encoding.qmin).to(torch.int64)
+    counts = sample.counts.double()
+    inside = (levels == level) & (counts > 0)
+    size = encoding.qmax - encoding.qmin + 1
+    rows, count_levels = counts.shape[0], size
+    # Reference: kept bins, the clipped mass added to the outermost kept bin of its side.
+    kept = torch.where(inside, counts, 0.0)
+    position = torch.arange(counts.shape[1]).expand_as(counts)
+    leftmost = torch.where(inside, position, counts.shape[1] - 1).amin(1, keepdim=True)
+    rightmost = torch.where(inside, position, 0).amax(1, keepdim=True)
+    below = torch.where(levels < level, counts, 0.0).sum(1, keepdim=True)
+    above = torch.where(levels > level, counts, 0.0).sum(1, keepdim=True)
+    reference = kept.scatter_add(1, leftmost, below).scatter_add(1, rightmost, above)
+    mass = torch.zeros(rows, count_levels, dtype=torch.float64).scatter_add_(1, index, kept)
+    filled = torch.zeros(rows, count_levels, dtype=torch.float64).scatter_add_(1, index, inside.double())
+    candidate = torch.where(inside, (mass / filled.clamp_min(1)).gather(1, index), 0.0)
+    p = reference / reference.sum(1, keepdim=True).clamp_min(1)
+    q = candidate / candidate.sum(1, keepdim=True).clamp_min(1)
+    return torch.where(p > 0, p * torch.log(p / q.clamp_min(1e-12)), 0.0).sum(1)
+
+
+RULES: dict[str, Callable[[Sample, QuantSpec], Range]] = {
+    "min_max": min_max,
+    "percentile": percentile,
+    "mse": mse,
+    "sqnr": sqnr,
+    "entropy": entropy,
+}
