@@ -1,0 +1,261 @@
+"""A real JupyterLab in a real Chromium, cut off from the network: what a person sees and does, as tests.
+
+`open_notebook(cells)` opens a notebook and runs it; one per module shares a kernel, whose start takes most of the
+time. A test fails on any error in the page and on any request that leaves the machine.
+"""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import Browser, Error, Locator, Page, Route, sync_playwright
+
+REPOSITORY = Path(__file__).parents[2]
+SCREENSHOTS = REPOSITORY / "artifacts" / "screenshots"
+CHROMIUM_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+SESSION = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A JupyterLab of our own: its settings, kernels and files are in a temporary folder."""
+
+    url: str
+    token: str
+    notebooks: Path
+
+    def request(self, path: str, method: str = "GET") -> bytes:
+        headers = {"Authorization": f"token {self.token}"}
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, None, headers, method=method)) as reply:
+            return reply.read()
+
+
+@dataclass
+class Notebook:
+    """A notebook open in the browser; `page` is Playwright's."""
+
+    page: Page
+    server: Server
+    outside: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def command(self, name: str, **arguments: object) -> None:
+        """Execute a JupyterLab command and wait until it is done."""
+        script = "async ([name, args]) => { await window.jupyterapp.commands.execute(name, args) }"
+        self.page.evaluate(script, [name, arguments])
+
+    def idle(self) -> None:
+        self.page.wait_for_function(f"{SESSION}?.kernel?.status === 'idle'", timeout=60_000)
+
+    def run(self, code: str) -> Locator:
+        """Append a cell, run it to its end and return its output area."""
+        index = self.page.evaluate(
+            """source => {
+                const { content } = window.jupyterapp.shell.currentWidget;
+                content.model.sharedModel.addCell({ cell_type: 'code', source });
+                content.activeCellIndex = content.model.cells.length - 1;
+                return content.activeCellIndex;
+            }""",
+            code,
+        )
+        self.command("notebook:run-cell")
+        output = self.output(index)
+        output.scroll_into_view_if_needed()
+        return output
+
+    def output(self, index: int) -> Locator:
+        return self.page.locator(f".jp-Cell[data-windowed-list-index='{index}'] .jp-Cell-outputArea")
+
+    def py(self, code: str) -> str:
+        """Execute code in the kernel, outside any cell, and return what it printed."""
+        printed, error = self.page.evaluate(
+            f"""async code => {{
+                let printed = '', error = '';
+                const future = {SESSION}.kernel.requestExecute({{ code, store_history: false }});
+                future.onIOPub = ({{ header, content }}) => {{
+                    if (header.msg_type === 'stream') printed += content.text;
+                    if (header.msg_type === 'error') error = content.traceback.join('\\n');
+                }};
+                await future.done;
+                return [printed, error];
+            }}""",
+            code,
+        )
+        assert not error, error
+        return printed.strip()
+
+    def theme(self, name: str) -> None:
+        """Switch to "Light" or "Dark"."""
+        self.command("apputils:change-theme", theme=f"JupyterLab {name}")
+        self.page.wait_for_function(f"document.body.dataset.jpThemeLight === '{str(name == 'Light').lower()}'")
+
+    def reload(self) -> None:
+        """Save, then load the page again; the kernel keeps running."""
+        self.command("docmanager:save")
+        self.page.reload()
+        self.idle()
+
+    def screenshot(self, name: str, of: Locator | None = None) -> None:
+        """Write artifacts/screenshots/NAME.png, of one element or the whole window."""
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        (of or self.page).screenshot(path=SCREENSHOTS / f"{name}.png", animations="disabled")
+
+    def complain(self) -> None:
+        """Fail on what went wrong in the page since the last time, whatever else was tested."""
+        outside, errors = self.outside[:], self.errors[:]
+        self.outside.clear()
+        self.errors.clear()
+        assert not outside, f"requests left the machine: {outside[:3]}"
+        assert not errors, f"errors in the page: {errors[:3]}"
+
+
+measured = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Note a figure, such as a time, for the end of the test run: too noisy to assert, too telling to lose."""
+    return request.config.stash.setdefault(measured, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash.get(measured, []):
+        terminalreporter.section("measured in the browser")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("jupyterlab")
+    private = ("CONFIG", "DATA", "RUNTIME")
+    environment = {
+        **os.environ,
+        **{f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in private},
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+        "IPYTHONDIR": str(folder / "ipython"),
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "QLAB_STRICT": "1",
+    }
+    news = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    notebooks = folder / "notebooks"
+    notebooks.mkdir()
+    port = _free_port()
+    server = Server(f"http://127.0.0.1:{port}", secrets.token_hex(16), notebooks)
+    command = [
+        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"),
+        *("--ServerApp.port_retries=0", f"--IdentityProvider.token={server.token}"),
+        *(f"--ServerApp.root_dir={notebooks}", "--LabApp.expose_app_in_browser=True"),
+    ]
+    log = folder / "jupyterlab.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+    try:
+        _wait_for(server, process, log)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def chromium(chromium_path: str) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium_path, args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def open_notebook(jupyterlab: Server, chromium: Browser) -> Iterator[Callable[[list[str]], Notebook]]:
+    """A function that opens a notebook of these cells in a page of its own, runs them and returns it."""
+    opened: list[Notebook] = []
+
+    def open_(cells: list[str]) -> Notebook:
+        context = chromium.new_context(viewport={"width": 1300, "height": 1000})
+        notebook = Notebook(context.new_page(), jupyterlab)
+        opened.append(notebook)
+        context.route("**/*", lambda route: _keep_inside(route, notebook))
+        notebook.page.on("pageerror", lambda error: notebook.errors.append(str(error)))
+        notebook.page.on("websocket", lambda socket: _note_outside(socket.url, notebook))
+        name = f"{secrets.token_hex(4)}.ipynb"
+        content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        content.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(content, jupyterlab.notebooks / name)
+        notebook.page.goto(f"{jupyterlab.url}/lab/tree/{name}?reset&token={jupyterlab.token}")
+        notebook.idle()
+        notebook.command("notebook:run-all-cells")
+        notebook.command("application:toggle-left-area")
+        return notebook
+
+    yield open_
+    for notebook in opened:
+        notebook.page.context.close()
+    for session in json.loads(jupyterlab.request("/api/sessions")):
+        jupyterlab.request(f"/api/sessions/{session['id']}", "DELETE")
+
+
+@pytest.fixture
+def notebook(shared_notebook: Notebook, request: pytest.FixtureRequest) -> Iterator[Notebook]:
+    """The module's `shared_notebook`, with its complaints charged to the test that caused them."""
+    yield shared_notebook
+    try:
+        shared_notebook.screenshot(request.node.name)
+    except Error as error:
+        shared_notebook.errors.append(f"no screenshot: {error}")
+    shared_notebook.complain()
+
+
+def _keep_inside(route: Route, notebook: Notebook) -> None:
+    if _note_outside(route.request.url, notebook):
+        route.abort()
+    else:
+        route.continue_()
+
+
+def _note_outside(url: str, notebook: Notebook) -> bool:
+    is_outside = not url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:"))
+    if is_outside:
+        notebook.outside.append(url)
+    return is_outside
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_for(server: Server, process: subprocess.Popen, log: Path) -> None:
+    for _ in range(240):
+        try:
+            server.request("/api")
+            return
+        except OSError:
+            if process.poll() is not None:
+                break
+            time.sleep(0.25)
+    pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
