@@ -31,7 +31,7 @@ def test_pretrained_networks_come_in_eval_mode_and_twice_the_same(build: Callabl
 
 @pytest.mark.parametrize(
     ("build", "accuracy"),
-    [(qlab.examples.mobilenet, 0.985), (qlab.examples.resnet, 0.988), (qlab.examples.vit, 0.965)],
+    [(qlab.examples.mobilenet, 0.985), (qlab.examples.resnet, 0.988), (qlab.examples.vit, 0.970)],
 )
 def test_score_on_the_test_images_is_the_documented_one(build: Callable[..., nn.Module], accuracy: float):
     digits = qlab.examples.digits()
