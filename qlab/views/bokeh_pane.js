@@ -143,7 +143,8 @@ export default () => {
         },
         repaint() {
           for (const part of view.manager?.all_views() ?? []) {
-            if (part.model?.type === "Legend") part.rerender?.(); // an element of the page: it keeps the colours it was made with
+            part.canvas?.primary?.clear?.(); // half-covered pixels at the edge would keep some of the old colour
+            if (part.model?.type === "Legend") part.rerender?.(); // an element of the page keeps the colours it was made with
             part.request_repaint?.();
           }
         },
