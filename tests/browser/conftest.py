@@ -103,6 +103,14 @@ class Notebook:
         assert not error, error
         return printed.strip()
 
+    def eventually(self, code: str, printed: str) -> None:
+        """Wait until the code prints this: what the page sends needs a moment to arrive."""
+        for _ in range(50):
+            if (last := self.py(code)) == printed:
+                return
+            self.page.wait_for_timeout(40)
+        raise AssertionError(f"{code} printed {last!r}, expected {printed!r}")
+
     def theme(self, name: str) -> None:
         """Switch to "Light" or "Dark"."""
         self.command("apputils:change-theme", theme=f"JupyterLab {name}")
