@@ -1,1 +1,19 @@
-"""A captured model as named layers: capture, patterns, validation and incremental replay."""
+"""The captured model: layers, how they are found, and how they are run again in part."""
+
+from qlab.graph.capture import capture, example_arguments
+from qlab.graph.kinds import KNOWN_RANGES, SAME_GRID, WEIGHTED
+from qlab.graph.layer_graph import Layer, LayerGraph, call_layer, fill
+from qlab.graph.replay import Replay
+
+__all__ = [
+    "KNOWN_RANGES",
+    "SAME_GRID",
+    "WEIGHTED",
+    "Layer",
+    "LayerGraph",
+    "Replay",
+    "call_layer",
+    "capture",
+    "example_arguments",
+    "fill",
+]

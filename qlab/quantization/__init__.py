@@ -2,7 +2,7 @@
 
 from qlab.quantization.encoding import Encoding
 from qlab.quantization.fake_quantize import dequantize, fake_quantize, fake_quantize_, quantize
-from qlab.quantization.quantizer import Quantizer, WeightQuantizer
+from qlab.quantization.quantizer import Quantizer, QuantizerState, WeightQuantizer
 from qlab.quantization.ranges import encoding_of_range, error_of_range, find_encoding
 from qlab.quantization.spec import (
     PER_CHANNEL,
@@ -26,6 +26,7 @@ __all__ = [
     "Granularity",
     "QuantSpec",
     "Quantizer",
+    "QuantizerState",
     "RangeRule",
     "Sample",
     "Scheme",

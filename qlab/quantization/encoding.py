@@ -1,6 +1,6 @@
 """The grid that was found for one tensor: scale, zero point and integer limits, with shapes that broadcast."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -82,15 +82,11 @@ class Encoding:
 
     def to(self, device: torch.device | str) -> "Encoding":
         """The same encoding with its tensors on `device`."""
-        return Encoding(
-            self.scale.to(device),
-            self.zero_point.to(device),
-            self.qmin,
-            self.qmax,
-            self.axis,
-            self.block_size,
-            self.block_axis,
-        )
+        return replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
+
+    def copy(self) -> "Encoding":
+        """The same encoding with tensors of its own, without gradient."""
+        return replace(self, scale=self.scale.detach().clone(), zero_point=self.zero_point.detach().clone())
 
     def equals(self, other: "Encoding | None") -> bool:
         """Whether both describe the same grid, bit for bit."""

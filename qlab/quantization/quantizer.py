@@ -7,7 +7,7 @@ Settings may be changed at any time; the encoding follows from the statistics, w
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,23 @@ from qlab.quantization.fake_quantize import dequantize, fake_quantize, fake_quan
 from qlab.quantization.ranges import encoding_of_range, find_encoding
 from qlab.quantization.spec import Granularity, QuantSpec, RangeRule, Scheme
 from qlab.quantization.statistics import Sample, Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizerState:
+    """Everything a quantizer knows, to be put back later; tensors are copies.
+
+    fitted: a weight's encoding belongs to the weight as it was. codes: a rounding in force, None where to nearest.
+    """
+
+    spec: QuantSpec
+    enabled: bool
+    frozen: bool
+    encoding: Encoding | None
+    statistics: Statistics
+    fitted: bool = False
+    codes: Tensor | None = None
+    bias_correction: Tensor | None = None
 
 
 class Quantizer(nn.Module):
@@ -207,9 +224,9 @@ class Quantizer(nn.Module):
         if per_channel and self._statistics.axis is None:
             raise SpecError(f"the output of {self.name!r} has no channel axis; its granularity is 'per_tensor'.")
         sample = self._statistics.sample(per_channel)
-        if per_channel and len(self._statistics.counts) != len(sample.minimum):
-            low, high = self._statistics.minimum, self._statistics.maximum
-            if self._spec.rule.name != "min_max" or low is None or high is None:
+        low, high = self._statistics.minimum, self._statistics.maximum
+        if per_channel and low is not None and high is not None and len(self._statistics.counts) != len(low):
+            if self._spec.rule.name != "min_max":
                 raise NotCalibrated(
                     f"{self.name!r} has no histogram per channel: it was calibrated per tensor. Use rule 'min_max', or "
                     "set the granularity first and run sim.calibrate(batches)."
@@ -217,6 +234,18 @@ class Quantizer(nn.Module):
             self.encoding = encoding_of_range(low, high, self._spec, self._statistics.axis)
             return
         self.encoding = find_encoding(sample, self._spec, self._statistics.axis if per_channel else None)
+
+    def state(self) -> QuantizerState:
+        """A copy of everything the quantizer knows."""
+        encoding = Quantizer.encoding.fget(self)  # type: ignore[attr-defined]
+        copied = None if encoding is None else encoding.copy()
+        return QuantizerState(self._spec, self._enabled, self._frozen, copied, self._statistics.copy())
+
+    def set_state(self, state: QuantizerState) -> None:
+        """Changes the quantizer to what `state` says."""
+        self._spec, self._enabled, self._frozen = state.spec, state.enabled, state.frozen
+        self._statistics = state.statistics.copy()
+        Quantizer.encoding.fset(self, state.encoding)  # type: ignore[attr-defined]
 
     # Use --------------------------------------------------------------------------------------------------------------
 
@@ -248,8 +277,17 @@ class Quantizer(nn.Module):
         self.version += 1
         return self
 
+    def adopt(self, statistics: Statistics) -> None:
+        """Takes statistics gathered elsewhere in place of its own and finds the encoding; a frozen one stays."""
+        before, self._statistics = self._statistics, statistics
+        try:
+            self.refresh()
+        except Exception:
+            self._statistics = before
+            raise
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def,override]
-        for name in ("scale", "zero_point", "limits"):
+        for name in self._buffers:
             value = state_dict.get(prefix + name)
             if value is not None and (getattr(self, name) is None or getattr(self, name).shape != value.shape):
                 setattr(self, name, value.detach().clone())
@@ -270,13 +308,17 @@ class WeightQuantizer(Quantizer):
 
     The range is found from the weight itself, exactly, whenever the weight has changed, unless frozen. `rounding`
     holds integers chosen by a rounding technique in place of rounding to nearest; they count only as long as weight
-    and encoding are the ones they were chosen for.
+    and encoding are the ones they were chosen for. `bias_correction` [C] is added to the layer's bias while the weight
+    is quantized, so that the float model stays what it was.
     """
+
+    bias_correction: Tensor | None
 
     def __init__(self, spec: QuantSpec, name: str, owner: nn.Module, attribute: str, axis: int = 0) -> None:
         super().__init__(spec, name, axis)
         object.__setattr__(self, "owner", owner)  # not a child: the model owns its module
         self.attribute = attribute
+        self.register_buffer("bias_correction", None)
         self._fitted: tuple[int, int] | None = None
         self._rounding: tuple[Tensor, Encoding, tuple[int, int]] | None = None
         self._cache: tuple[object, Tensor] | None = None
@@ -308,6 +350,11 @@ class WeightQuantizer(Quantizer):
         """Integers (int32, shaped as the weight) chosen by a rounding technique, None where rounding is to nearest."""
         return self._rounding[0] if self._rounding is not None and self._rounding_counts() else None
 
+    def set_bias_correction(self, correction: Tensor | None) -> None:
+        """Adds `correction` [C] to the layer's bias while the weight is quantized; None takes it away."""
+        self.bias_correction = None if correction is None else correction.detach().clone()
+        self.version += 1
+
     @property
     def rounding_is_stale(self) -> bool:
         """Whether a rounding was chosen but weight or encoding have changed since: it is not used any more."""
@@ -329,6 +376,24 @@ class WeightQuantizer(Quantizer):
             self._frozen = True
         self._cache = None
         self.version += 1
+
+    def state(self) -> QuantizerState:
+        """A copy of everything the quantizer knows."""
+        return replace(
+            super().state(),
+            fitted=self._fitted == self._fingerprint(),
+            codes=self.rounding,
+            bias_correction=None if self.bias_correction is None else self.bias_correction.clone(),
+        )
+
+    def set_state(self, state: QuantizerState) -> None:
+        """Changes the quantizer to what `state` says of the weight as it is now."""
+        super().set_state(state)
+        self._fitted = self._fingerprint() if state.fitted else None
+        self._cache = self._rounding = None
+        if state.codes is not None and state.encoding is not None:
+            self._rounding = (state.codes, state.encoding, self._fingerprint())
+        self.bias_correction = state.bias_correction
 
     def refresh(self) -> None:
         """Finds the encoding again from the weight; a frozen one stays."""

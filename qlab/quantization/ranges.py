@@ -43,7 +43,7 @@ def encoding_of_range(low: Tensor, high: Tensor, spec: QuantSpec, axis: int | No
     if spec.scheme is Scheme.ASYMMETRIC:
         # The scale is rounded to float32 first: the zero point must belong to the scale that is used.
         scale = ((high - low) / (qmax - qmin)).clamp_min(floor).float()
-        zero_point = torch.round(-low / scale.double()).clamp(qmin, qmax).float()
+        zero_point = torch.round(low.abs() / scale.double()).clamp(qmin, qmax).float()
     else:
         scale = torch.maximum(high / qmax, low / qmin if qmin else torch.zeros_like(low)).clamp_min(floor).float()
         zero_point = torch.zeros_like(scale)

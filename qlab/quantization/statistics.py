@@ -6,6 +6,7 @@ depends on what was seen and not on the order of batches, and statistics of seve
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +112,30 @@ class Statistics:
         twin.__dict__.update(self.__dict__)
         twin.counts = self.counts.clone()
         return twin
+
+    def to_dict(self, tensors: dict[str, Tensor], key: str) -> dict[str, object]:
+        """The statistics as plain values; their tensors are added to `tensors` under names that begin with `key`."""
+        assert self.minimum is not None
+        assert self.maximum is not None
+        for name in ("minimum", "maximum", "counts", "first", "exponent"):
+            tensors[f"{key}.{name}"] = getattr(self, name).contiguous()
+        return {
+            "axis": self.axis,
+            "histogram_per_channel": self.histogram_per_channel,
+            "elements": self.elements,
+            "masked": self.masked,
+            "seen": list(self._seen),
+        }
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any], tensors: dict[str, Tensor], key: str) -> "Statistics":
+        """What `to_dict` wrote."""
+        self = cls(found["axis"], found["histogram_per_channel"])
+        for name in ("minimum", "maximum", "counts", "first", "exponent"):
+            setattr(self, name, tensors[f"{key}.{name}"])
+        self.elements, self.masked = found["elements"], found["masked"]
+        self._seen = (found["seen"][0], found["seen"][1])
+        return self
 
     def sample(self, per_channel: bool = False) -> Sample:
         """The histogram as a weighted sample: bin centres clipped to the range seen, [H, BINS]."""

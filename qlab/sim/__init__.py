@@ -1,1 +1,30 @@
-"""The quantized simulation of a captured model: placement, calibration, evaluation, snapshots."""
+"""The simulation: placement, presets, QuantSim, calibration, evaluation, snapshots and files."""
+
+from qlab.sim import presets
+from qlab.sim.batches import Batches, labels_of
+from qlab.sim.evaluate import SQNR, Accuracy, Agreement, Evaluation, Measurement, Score, evaluation_of
+from qlab.sim.files import load
+from qlab.sim.placement import Placed, Role
+from qlab.sim.presets import Preset
+from qlab.sim.quant_sim import QuantizedLayer, QuantSim
+from qlab.sim.snapshot import Snapshot
+
+__all__ = [
+    "SQNR",
+    "Accuracy",
+    "Agreement",
+    "Batches",
+    "Evaluation",
+    "Measurement",
+    "Placed",
+    "Preset",
+    "QuantSim",
+    "QuantizedLayer",
+    "Role",
+    "Score",
+    "Snapshot",
+    "evaluation_of",
+    "labels_of",
+    "load",
+    "presets",
+]

@@ -1,0 +1,442 @@
+"""Capture: torch.export reads the model, then the user's own torch.nn modules are given back as layers.
+
+Export flattens a model into ATen calls. The calls recorded inside one call of a torch.nn leaf become one layer that
+calls that module again, under the user's name; what remains are functions, named after the module that called them.
+The model itself is never changed: capture works on a deep copy.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import logging
+import operator
+import re
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from qlab.errors import CaptureError
+from qlab.graph.layer_graph import Layer, LayerGraph, call_layer
+
+
+def capture(model: nn.Module, example: Any, dynamic: Sequence[int] = ()) -> LayerGraph:
+    """The layers of `model`, found by running torch.export on `example`.
+
+    example: a tensor, a tuple of positional arguments, a dict of keyword arguments, or the first batch of a loader (of
+    (x, y) the part that `forward` takes). dynamic: axes beside the batch whose size may change, such as (2, 3).
+    Raises CaptureError with the user's file and line where the model cannot be captured, or the first differing layer
+    where the captured graph does not reproduce the model bit for bit.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"expected a torch.nn.Module; got {type(model).__name__}.")
+    own = _copy(model)
+    args, kwargs = example_arguments(own, example)
+    args, kwargs = _at_least_two(args, kwargs)
+    with torch.no_grad(), _without_fused_attention():
+        reference = own(*_cloned(args), **_cloned(kwargs))
+    _register_results(reference)
+    program = _export(own, args, kwargs, dynamic)
+    flat = program.run_decompositions({}).module(check_guards=False)
+    graph = _to_layers(own, flat, program, args, kwargs)
+    _verify(graph, args, kwargs, reference)
+    return graph
+
+
+def example_arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) with which `model` is called on `example`, which may be a labelled batch."""
+    parameters = _positional_parameters(model)
+    if isinstance(example, Mapping):
+        accepted = {p.name for p in inspect.signature(model.forward).parameters.values()}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+        if takes_any or accepted & set(example):
+            return (), {k: v for k, v in example.items() if (takes_any or k in accepted) and k != "labels"}
+        return (dict(example),), {}
+    if isinstance(example, (list, tuple)):
+        most = len(parameters) if parameters is not None else len(example)
+        required = sum(p.default is p.empty for p in parameters) if parameters is not None else len(example)
+        taken = len(example) if len(example) <= required else max(required, 1)
+        if parameters is not None and most > required and len(example) > required:
+            # Optional parameters are filled only where every further entry is an input, not a label.
+            rest = example[required:most]
+            if len(example) <= most and not any(_is_label(value) for value in rest):
+                taken = len(example)
+        return tuple(example[:taken]), {}
+    return (example,), {}
+
+
+@contextlib.contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """nn.MultiheadAttention takes a fused kernel in inference; its last bits differ from the code export reads."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Export logs what it raises; the error says it once, in the user's words."""
+    loggers = [logging.getLogger(name) for name in ("torch.fx", "torch.export", "torch._dynamo")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.dim() <= 1
+
+
+def _positional_parameters(model: nn.Module) -> list[inspect.Parameter] | None:
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode whose activations do not overwrite their inputs."""
+    try:
+        own = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise CaptureError(f"the model cannot be deep-copied ({error}); qlab works on a copy only.") from error
+    for module in own.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
+    for parameter in own.parameters():
+        parameter.grad = None
+    return own
+
+
+def _cloned(tree: Any) -> Any:
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, tree)
+
+
+def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example with a batch of 1 repeated to 2: export treats a size of 1 as a constant."""
+    tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.dim()]
+    if not tensors or tensors[0].shape[0] != 1:
+        return args, kwargs
+    return pytree.tree_map(
+        lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() and v.shape[0] == 1 else v, (args, kwargs)
+    )
+
+
+def _register_results(result: Any) -> None:
+    """Lets dataclasses among the results pass through export, as dicts and tuples do."""
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        if type(result) not in pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(type(result))
+        for field in dataclasses.fields(result):
+            _register_results(getattr(result, field.name))
+    elif isinstance(result, Mapping):
+        for value in result.values():
+            _register_results(value)
+    elif isinstance(result, (list, tuple)):
+        for value in result:
+            _register_results(value)
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Sequence[int]
+) -> torch.export.ExportedProgram:
+    tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.dim()]
+    if not tensors:
+        raise CaptureError("the example holds no tensor with a batch axis. Pass one batch as the model takes it.")
+    batch = tensors[0].shape[0]
+
+    def shape(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        axes = [0] if value.dim() and value.shape[0] == batch else []
+        axes += [axis for axis in dynamic if 0 < axis < value.dim()]
+        return dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+
+    shapes_args, shapes_kwargs = pytree.tree_map(shape, args), pytree.tree_map(shape, kwargs)
+    shapes = _by_parameter(model, shapes_args, shapes_kwargs)
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), _without_fused_attention(), _quiet_logs():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise CaptureError(_explain(model, error)) from error
+
+
+def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dynamic shapes keyed as export wants them: a tuple for positional arguments, else by parameter name."""
+    if not kwargs:
+        return args
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    named = {p.name: value for p, value in zip(parameters, args, strict=False)}
+    explicit = {k: v for k, v in kwargs.items() if any(p.name == k for p in parameters)}
+    rest = {k: v for k, v in kwargs.items() if k not in explicit}
+    collector = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+    return named | explicit | ({collector: rest} if rest and collector else {})
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    """What went wrong in the user's words: file, line, cause and what to do."""
+    where = ""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "/torch/" not in frame.filename and "/qlab/graph/" not in frame.filename and frame.line:
+            where = f" at {frame.filename}:{frame.lineno} ({frame.line.strip()})"
+            break
+    text = str(error)
+    if not where and (match := re.search(r'File "([^"]+)", line (\d+), in (\w+)', text)):
+        where = f" at {match[1]}:{match[2]}"
+    name = type(error).__name__
+    if "DataDependent" in name or "data-dependent" in text.lower() or "unbacked" in text.lower():
+        cause, advice = (
+            "the code branches on the values of a tensor",
+            "Replace the branch by torch.where or torch.cond, or move it out of forward. ",
+        )
+    elif "ConstraintViolation" in name or "constraints" in text.lower() or "specialized" in text.lower():
+        cause, advice = (
+            "the code fixes a size that must stay free (the batch size, or an axis in `dynamic`)",
+            "Use x.shape[0] and -1 in view and reshape instead of numbers. ",
+        )
+    else:
+        cause, advice = "torch.export cannot follow the code", ""
+    first = next((line for line in text.splitlines() if line.strip()), name)
+    return (
+        f"{type(model).__name__} cannot be captured{where}: {cause}. {advice}"
+        f"qlab.validate(model, example) lists every such place. [{name}: {first.strip()[:300]}]"
+    )
+
+
+# From the exported program to layers ----------------------------------------------------------------------------------
+
+
+def _to_layers(
+    root: nn.Module,
+    flat: fx.GraphModule,
+    program: torch.export.ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> LayerGraph:
+    _regroup(flat.graph, root)
+    _adopt_constants(flat, root)
+    names = _Names(root)
+    layers: list[Layer] = []
+    by_node: dict[fx.Node, Layer] = {}
+    outputs: Sequence[Any] = ()
+    for node in flat.graph.nodes:
+        if node.op == "output":
+            outputs = fx.map_arg(node.args[0], lambda n: by_node[n])
+            continue
+        if node.op == "call_function" and node.name.startswith("_guards"):
+            continue
+        convert = {"args": tuple(fx.map_arg(node.args, lambda n: by_node[n]))}
+        kw = dict(fx.map_arg(node.kwargs, lambda n: by_node[n]))
+        if node.op == "placeholder":
+            layer = Layer(names.free(str(node.target)), None, None, None, kind="input")
+        elif node.op == "get_attr":
+            path = str(node.target)
+            layer = Layer(names.free(path), None, None, path, kind="parameter")
+            parent, _, layer.attribute = path.rpartition(".")
+            layer.owner = root.get_submodule(parent)
+        elif node.op == "call_module":
+            module = root.get_submodule(str(node.target))
+            layer = Layer(names.call(str(node.target)), None, module, str(node.target), convert["args"], kw)
+        elif node.op == "call_function":
+            layer = Layer("", node.target, None, None, _plain_lists(convert["args"]), _plain_lists(kw))
+            word = getattr(node.target, "__name__", str(node.target)).split(".")[0].strip("_")
+            layer.name = names.function(_scope(node), word)
+        else:
+            raise CaptureError(f"unexpected graph node {node.op} {node.target}")
+        _describe(layer, node)
+        by_node[node] = layer
+        layers.append(layer)
+    parameters = _positional_parameters(root)
+    signature = [p.name for p in parameters] if parameters is not None else [f"arg{i}" for i in range(len(args))]
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    assert in_spec is not None
+    assert out_spec is not None
+    return LayerGraph(root, layers, list(outputs), in_spec, out_spec, signature, len(args), list(kwargs))
+
+
+def _plain_lists(tree: Any) -> Any:
+    """fx's immutable lists and dicts as plain ones, so that layers deep-copy and can be edited."""
+    if isinstance(tree, (list, tuple)):
+        return (list if isinstance(tree, list) else tuple)(_plain_lists(item) for item in tree)
+    if isinstance(tree, dict):
+        return {key: _plain_lists(value) for key, value in tree.items()}
+    return tree
+
+
+def _regroup(graph: fx.Graph, root: nn.Module) -> None:
+    """Changes the graph: calls recorded inside one call of a torch.nn leaf become one call of that leaf.
+
+    Only where the call takes one value and gives one back; recurrent layers return several and stay functions.
+    """
+    leaves = {
+        name: module
+        for name, module in root.named_modules(remove_duplicate=False)
+        if name and type(module).__module__.startswith("torch.nn.modules") and not any(module.children())
+        if not isinstance(module, nn.RNNBase)
+    }
+    calls: dict[tuple[str, str], list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        for key, (path, _) in node.meta.get("nn_module_stack", {}).items():
+            name = path.split("@")[0]
+            if name in leaves:
+                calls[key, name].append(node)
+    for (_, name), nodes in calls.items():
+        group = set(nodes)
+        inputs = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in group and i.op != "get_attr")
+        outputs = [n for n in nodes if any(user not in group for user in n.users)]
+        if len(inputs) != 1 or len(outputs) != 1 or not isinstance(_value(next(iter(inputs))), Tensor):
+            continue
+        with graph.inserting_before(outputs[0]):
+            call = graph.create_node("call_module", name, tuple(inputs))
+        call.meta = dict(outputs[0].meta)
+        outputs[0].replace_all_uses_with(call)
+        for node in reversed(nodes):
+            graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op in ("get_attr", "call_function") and not _has_effect(node):
+            graph.erase_node(node)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and (schema is None or schema.is_mutable)
+
+
+def _adopt_constants(flat: fx.GraphModule, root: nn.Module) -> None:
+    """Changes `root`: constants that export lifted out of the code become buffers of it, under their own names."""
+    for node in flat.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        path = str(node.target)
+        try:
+            operator.attrgetter(path)(root)
+        except AttributeError:
+            parent, _, attribute = path.rpartition(".")
+            value = operator.attrgetter(path)(flat)
+            root.get_submodule(parent).register_buffer(attribute, value.detach().clone(), persistent=False)
+
+
+class _Names:
+    """Gives every layer a name of its own, none of which can be mistaken for a module."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._modules = {name for name, _ in root.named_modules(remove_duplicate=False)}
+        self._used: set[str] = set()
+
+    def free(self, name: str) -> str:
+        while name in self._used or name in self._modules:
+            name += "_in" if name in self._modules else "_"
+        self._used.add(name)
+        return name
+
+    def call(self, path: str) -> str:
+        name, count = path, 0
+        while name in self._used:
+            count += 1
+            name = f"{path}@{count}"
+        self._used.add(name)
+        return name
+
+    def function(self, scope: str, word: str) -> str:
+        base = f"{scope}.{word}" if scope else word
+        name, count = base, 0
+        while name in self._used or name in self._modules:
+            count += 1
+            name = f"{base}_{count}"
+        self._used.add(name)
+        return name
+
+
+def _scope(node: fx.Node) -> str:
+    """The path of the innermost module whose code made the call."""
+    path = ""
+    for found, _ in node.meta.get("nn_module_stack", {}).values():
+        if not found.startswith("_empty"):
+            path = found.split("@")[0]
+    return path
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def _describe(layer: Layer, node: fx.Node) -> None:
+    value = _value(node)
+    if layer.owner is not None:
+        value = getattr(layer.owner, layer.attribute)
+    if isinstance(value, Tensor):
+        layer.shape = tuple(d if isinstance(d, int) else None for d in value.shape)
+        layer.dtype = value.dtype
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [f"{file}:{line}" for file, line in frames if "/torch/" not in file] or [f"{f}:{n}" for f, n in frames]
+    layer.location = own[-1] if own else ""
+
+
+# Verification ---------------------------------------------------------------------------------------------------------
+
+
+def _verify(graph: LayerGraph, args: tuple[Any, ...], kwargs: dict[str, Any], reference: Any) -> None:
+    with torch.no_grad():
+        result = graph.run(graph.bind(_cloned(args), _cloned(kwargs)))
+    wanted, have = pytree.tree_leaves(reference), pytree.tree_leaves(result)
+    same = len(wanted) == len(have) and all(_same(a, b) for a, b in zip(wanted, have, strict=True))
+    if not same:
+        raise CaptureError(_first_difference(graph, args, kwargs))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    return bool(a == b)
+
+
+def _first_difference(graph: LayerGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Names the first layer whose module gives another value in the graph than inside the model."""
+    seen: dict[str, list[Any]] = defaultdict(list)
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, out, name=name: seen[name].append(_cloned(out)))
+        for name, module in graph.root.named_modules()
+        if name
+    ]
+    differing: list[str] = []
+    try:
+        with torch.no_grad(), _without_fused_attention():
+            graph.root(*_cloned(args), **_cloned(kwargs))
+            inside = {name: list(values) for name, values in seen.items()}
+            counts: dict[str, int] = defaultdict(int)
+
+            def call(layer: Layer, a: tuple[Any, ...], k: dict[str, Any]) -> Any:
+                value = call_layer(layer, a, k)
+                if layer.module is not None and layer.path in inside and isinstance(value, Tensor):
+                    number = counts[layer.path]
+                    counts[layer.path] += 1
+                    if number < len(inside[layer.path]) and not _same(inside[layer.path][number], value):
+                        differing.append(layer.name)
+                return value
+
+            graph.run(graph.bind(_cloned(args), _cloned(kwargs)), call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first = differing[0] if differing else "a function between modules"
+    return (
+        f"the captured graph does not reproduce the model on the example; the first difference is at {first!r}. The "
+        "model may draw random numbers in eval mode or keep state between calls. Make forward depend on its inputs "
+        "and parameters only."
+    )

@@ -1,0 +1,70 @@
+"""Calibration: one pass over data gathers statistics of every activation; encodings follow from them.
+
+Weights are quantized while activations are not, as in the reference (aimet-torch 2.42): the ranges are those that the
+quantized weights produce. Statistics are gathered aside and adopted at the end, so an error changes nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlab.errors import InputError, NonFiniteData
+from qlab.graph import Layer
+from qlab.progress import Progress
+from qlab.quantization import Quantizer, Statistics
+from qlab.sim.batches import Batches
+from qlab.sim.placement import Role
+
+if TYPE_CHECKING:
+    from qlab.sim.quant_sim import QuantSim
+
+
+def calibrate(sim: "QuantSim", batches: Batches, progress: Progress) -> None:
+    """Changes `sim`: see QuantSim.calibrate."""
+    statistics = collect_statistics(sim, batches, progress)
+    for quantizer, seen in statistics.items():
+        quantizer.adopt(seen)
+
+
+def collect_statistics(sim: "QuantSim", batches: Batches, progress: Progress) -> dict[Quantizer, Statistics]:
+    """Statistics of every activation quantizer over `batches`; changes nothing.
+
+    Those of several workers can be merged (`Statistics.merge`) before they are adopted.
+    """
+    observed = {
+        layer.index: entry.output
+        for layer in sim.graph
+        if (entry := sim.placed[layer.name]).role is Role.QUANTIZED and entry.output is not None
+    }
+    statistics = {
+        quantizer: Statistics(quantizer.axis, quantizer.granularity.kind != "per_tensor")
+        for quantizer in observed.values()
+    }
+    number = 0
+
+    def call(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = sim.compute(layer, args, kwargs)
+        quantizer = observed.get(layer.index)
+        if quantizer is not None:
+            try:
+                statistics[quantizer].update(value)
+            except NonFiniteData as error:
+                what = "the data itself" if layer.kind == "input" else f"the output of layer {layer.name!r}"
+                raise NonFiniteData(
+                    f"calibration batch {number} (counted from 0): {what} {error}. Look at that batch"
+                    + ("." if layer.kind == "input" else ", or at the weights of the layers before it.")
+                ) from None
+        return value
+
+    training = sim.training
+    sim.eval()
+    try:
+        with torch.no_grad():
+            for number, batch in enumerate(batches):
+                progress.step(number, len(batches), f"batch {number}")
+                sim.graph.run(sim.inputs(batch), call)
+            if not number and all(s.is_empty for s in statistics.values()):
+                raise InputError("calibration needs at least one batch; the iterable was empty.")
+    finally:
+        sim.train(training)
+    return statistics

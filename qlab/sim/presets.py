@@ -1,0 +1,115 @@
+"""Presets: what a target asks of a model, as plain values. Edit one with `dataclasses.replace`, or write your own."""
+
+from dataclasses import dataclass, field
+
+from qlab.quantization import PER_CHANNEL, PER_TENSOR, QuantSpec, Scheme
+
+SUPERGROUPS: tuple[tuple[str, ...], ...] = tuple(
+    (*head, *norm, activation)
+    for head in (("conv",), ("depthwise_conv",), ("conv_transpose",), ("linear",))
+    for norm in ((), ("batch_norm",))
+    for activation in ("relu", "relu6", "clip", "prelu", "leaky_relu")
+) + (
+    ("conv", "batch_norm"),
+    ("depthwise_conv", "batch_norm"),
+    ("conv_transpose", "batch_norm"),
+    ("linear", "batch_norm"),
+    ("add", "relu"),
+    ("add", "relu6"),
+    ("add", "clip"),
+)
+"""Sequences of kinds that a target computes as one: only the last output is quantized."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The placement rules and default specs of one target.
+
+    name: shown to the person. weight, output: specs for weights and activations. skip: globs of layer names that stay
+    float. supergroups: sequences of kinds that share the last one's output quantizer. kinds: overrides for a kind, as
+    (kind, 'weight' or 'output', spec or None for float). float_kinds: kinds whose output stays float. share_cat:
+    inputs of a concatenation share one grid. quantize_inputs: model inputs are quantized. int32_bias: biases are
+    rounded to int32 with scale input * weight, as integer kernels hold them.
+    """
+
+    name: str
+    weight: QuantSpec
+    output: QuantSpec
+    skip: tuple[str, ...] = ()
+    supergroups: tuple[tuple[str, ...], ...] = SUPERGROUPS
+    kinds: tuple[tuple[str, str, QuantSpec | None], ...] = ()
+    share_cat: bool = True
+    quantize_inputs: bool = True
+    int32_bias: bool = False
+    advice: str = field(default="", compare=False)
+
+
+def w8a8(
+    per_channel: bool = False,
+    symmetric: bool | None = None,
+    skip: tuple[str, ...] | list[str] = (),
+    rule: str = "min_max",
+    int32_bias: bool = False,
+) -> Preset:
+    """8-bit weights and activations: what integer accelerators run at full speed.
+
+    per_channel: one weight scale for each output channel. symmetric: None gives symmetric weights and asymmetric
+    activations (the common case), True both symmetric, False both asymmetric. skip: globs of layers left in float.
+    rule: how activation ranges are chosen.
+    """
+    return _preset("w8a8", 8, 8, per_channel, symmetric, skip, rule, int32_bias)
+
+
+def w4a8(
+    per_channel: bool = False,
+    symmetric: bool | None = None,
+    skip: tuple[str, ...] | list[str] = (),
+    rule: str = "min_max",
+    int32_bias: bool = False,
+) -> Preset:
+    """4-bit weights and 8-bit activations; arguments as in `w8a8`."""
+    return _preset("w4a8", 4, 8, per_channel, symmetric, skip, rule, int32_bias)
+
+
+def w8a16(
+    per_channel: bool = False,
+    symmetric: bool | None = None,
+    skip: tuple[str, ...] | list[str] = (),
+    rule: str = "min_max",
+    int32_bias: bool = False,
+) -> Preset:
+    """8-bit weights and 16-bit activations, for models with wide activations; arguments as in `w8a8`."""
+    return _preset("w8a16", 8, 16, per_channel, symmetric, skip, rule, int32_bias)
+
+
+def w4a4(
+    per_channel: bool = False,
+    symmetric: bool | None = None,
+    skip: tuple[str, ...] | list[str] = (),
+    rule: str = "sqnr",
+    int32_bias: bool = False,
+) -> Preset:
+    """4-bit weights and activations; arguments as in `w8a8`. Ranges are clipped by default: at 4 bits it pays."""
+    return _preset("w4a4", 4, 4, per_channel, symmetric, skip, rule, int32_bias)
+
+
+def _preset(
+    name: str,
+    weight_bits: int,
+    output_bits: int,
+    per_channel: bool,
+    symmetric: bool | None,
+    skip: tuple[str, ...] | list[str],
+    rule: str,
+    int32_bias: bool,
+) -> Preset:
+    weight_scheme = Scheme.ASYMMETRIC if symmetric is False else Scheme.SYMMETRIC
+    output_scheme = Scheme.SYMMETRIC if symmetric is True else Scheme.ASYMMETRIC
+    granularity = PER_CHANNEL if per_channel else PER_TENSOR
+    return Preset(
+        name,
+        QuantSpec(weight_bits, weight_scheme, granularity),
+        QuantSpec(output_bits, output_scheme, rule=rule),  # type: ignore[arg-type]
+        (skip,) if isinstance(skip, str) else tuple(skip),
+        int32_bias=int32_bias,
+    )

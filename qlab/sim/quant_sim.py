@@ -1,0 +1,411 @@
+"""QuantSim: the model as the target would compute it, on floating-point hardware.
+
+The simulation interprets the captured graph: a layer runs with its quantized weight, its output passes its quantizer.
+Nothing is rewritten, so nothing has to be swapped back; switched off, it computes what the user's model computes.
+"""
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qlab.errors import UnknownLayer, nearest
+from qlab.graph import Layer, call_layer, capture
+from qlab.progress import Progress, Silent
+from qlab.quantization import Quantizer, WeightQuantizer
+from qlab.sim.batches import Batches, flat_inputs
+from qlab.sim.placement import Placed, Role, matches_glob, place
+from qlab.sim.presets import Preset, w8a8
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from qlab.sim.evaluate import Evaluation, Measurement
+
+
+class QuantizedLayer:
+    """One layer of a sim as the person sees it: its quantizers, its role and where it came from.
+
+    `output` is the quantizer that governs the layer's output: its own, that of the fused group it belongs to, or of
+    the input whose grid it inherits; None where the output stays float. `weight` is None where there is no weight.
+    """
+
+    def __init__(self, placed: Placed) -> None:
+        self._placed = placed
+
+    @property
+    def layer(self) -> Layer:
+        """The captured layer."""
+        return self._placed.layer
+
+    @property
+    def name(self) -> str:
+        """The user's own name of the layer."""
+        return self._placed.layer.name
+
+    @property
+    def kind(self) -> str:
+        """What the layer computes, as one word."""
+        return self._placed.layer.kind
+
+    @property
+    def role(self) -> Role:
+        """What happens to the output."""
+        return self._placed.role
+
+    @property
+    def reason(self) -> str:
+        """Why the layer has its role, where that needs saying."""
+        return self._placed.reason
+
+    @property
+    def weight(self) -> WeightQuantizer | None:
+        """The quantizer of the layer's weight."""
+        return self._placed.weight
+
+    @property
+    def output(self) -> Quantizer | None:
+        """The quantizer that governs the layer's output."""
+        return self._placed.output
+
+    def __repr__(self) -> str:
+        parts = [f"{self.name!r} ({self.layer.title})"]
+        if self.weight is not None:
+            parts.append(f"weight {self.weight.spec}" + ("" if self.weight.enabled else " off"))
+        if self.output is not None:
+            own = "" if self.role is Role.QUANTIZED else f" ({self.reason})"
+            parts.append(f"output {self.output.spec}" + ("" if self.output.enabled else " off") + own)
+        else:
+            parts.append(f"output float: {self.reason}")
+        return "Layer " + ", ".join(parts)
+
+
+class QuantSim(nn.Module):
+    """A copy of `model` that computes as the target would: an ordinary nn.Module that trains, copies and saves.
+
+    model: any nn.Module; it is copied and never changed. example: one batch as the model takes it (tensor, tuple,
+    dict, or the first batch of a loader). preset: what the target asks for, default 8 bits. dynamic: axes beside the
+    batch whose size may change, such as (2, 3) for height and width. Raises CaptureError where the model cannot be
+    captured; qlab.validate(model, example) then lists the places.
+    """
+
+    def __init__(
+        self, model: nn.Module, example: Any, preset: Preset | None = None, dynamic: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        self.preset = preset or w8a8()
+        self.graph = capture(model, example, dynamic)
+        self.origin = uuid.uuid4().hex
+        self._install(self.graph.root)
+        self.eval()
+
+    def _install(self, root: nn.Module) -> None:
+        self.model = root
+        self.placed = place(self.graph, self.preset)
+        self.quantizers = nn.ModuleDict()
+        for name, quantizer in self._distinct():
+            self.quantizers[name] = quantizer
+        self.quantization_enabled = True
+        self._steps: list[_Step] | None = None
+
+    def _distinct(self) -> Iterator[tuple[str, Quantizer]]:
+        """Each quantizer once, keyed by layer and part, with dots replaced as ModuleDict asks."""
+        seen: set[int] = set()
+        for name, entry in self.placed.items():
+            for part, quantizer in (("weight", entry.weight), ("output", entry.output)):
+                if quantizer is not None and id(quantizer) not in seen and (part == "weight" or quantizer.name == name):
+                    seen.add(id(quantizer))
+                    yield f"{name}:{part}".replace(".", "/"), quantizer
+
+    # Layers and settings ----------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> QuantizedLayer:
+        """The layer of that name; raises UnknownLayer with the nearest names."""
+        try:
+            return QuantizedLayer(self.placed[name])
+        except KeyError:
+            raise UnknownLayer(f"the model has no layer {name!r}. {nearest(name, self.placed)}") from None
+
+    @property
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """All layers by name, in order of execution."""
+        return {name: QuantizedLayer(entry) for name, entry in self.placed.items()}
+
+    def matching(self, pattern: str) -> list[QuantizedLayer]:
+        """The layers whose names match a glob; raises UnknownLayer when there is none."""
+        found = [QuantizedLayer(entry) for name, entry in self.placed.items() if matches_glob(name, pattern)]
+        if not found:
+            raise UnknownLayer(f"{pattern!r} matches no layer. {nearest(pattern, self.placed)}")
+        return found
+
+    def configure(
+        self, pattern: str, weight: dict[str, Any] | None = None, output: dict[str, Any] | None = None
+    ) -> None:
+        """Changes the settings of every layer that matches the glob; of several calls, the later wins.
+
+        weight, output: settings by name, as in `Quantizer.set`. Nothing is changed where one of them is refused.
+        """
+        targets: list[tuple[Quantizer, dict[str, Any]]] = []
+        for layer in self.matching(pattern):
+            if weight and layer.weight is not None:
+                targets.append((layer.weight, weight))
+            if output and layer.output is not None and layer.role is Role.QUANTIZED:
+                targets.append((layer.output, output))
+        before = [(quantizer, quantizer.spec, quantizer.enabled, quantizer.frozen) for quantizer, _ in targets]
+        try:
+            for quantizer, settings in targets:
+                quantizer.set(**settings)
+        except Exception:
+            for quantizer, spec, enabled, frozen in before:
+                quantizer.spec, quantizer.enabled, quantizer.frozen = spec, enabled, frozen
+            raise
+
+    @contextmanager
+    def quantization_off(self) -> Iterator["QuantSim"]:
+        """Within the context nothing is quantized: the sim computes the float model, bit for bit."""
+        before = self.quantization_enabled
+        self.quantization_enabled = False
+        try:
+            yield self
+        finally:
+            self.quantization_enabled = before
+
+    # Execution --------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's result with every enabled quantizer at work; called as the model is."""
+        flat = self.graph.bind(args, kwargs)
+        return self.graph.run(flat, self.call if self.quantization_enabled else call_layer)
+
+    def call(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One layer with its quantized weight, its output rounded: what `LayerGraph.run` is given."""
+        steps = self._steps if self._steps is not None else self._prepared()
+        return steps[layer.index](layer, args, kwargs)
+
+    def compute(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One layer with its quantized weight, its output not rounded: what a quantizer sees."""
+        step = (self._steps if self._steps is not None else self._prepared())[layer.index]
+        return step.compute(step, layer, args, kwargs)
+
+    def _prepared(self) -> list["_Step"]:
+        self._steps = [_Step(self, layer) for layer in self.graph]
+        return self._steps
+
+    def changed(self) -> None:
+        """Changes the sim's own bookkeeping after the graph or the placement was edited."""
+        self._steps = None
+
+    def fingerprint(self, layer: Layer) -> tuple[Any, ...]:
+        """What the layer's own computation depends on, beside its inputs; for `Replay`."""
+        entry = self.placed[layer.name]
+        parts: list[Any] = [self.quantization_enabled, id(layer.module)]
+        if layer.module is not None:
+            parts.append(tuple((t._version, t.data_ptr()) for t in _own_tensors(layer.module)))
+        elif layer.owner is not None:
+            value = getattr(layer.owner, layer.attribute)
+            parts.append((value._version, value.data_ptr()))
+        if entry.weight is not None:
+            _ = entry.weight.encoding  # found now if the weight has changed, so that the version counts it
+            parts.append(entry.weight.version)
+            if self.preset.int32_bias and (grid := self.input_quantizer(layer)) is not None:
+                parts.append(grid.version)
+        if entry.role is Role.QUANTIZED and entry.output is not None:
+            parts.append(entry.output.version)
+        return tuple(parts)
+
+    def input_quantizer(self, layer: Layer) -> Quantizer | None:
+        """The quantizer on whose grid the layer's first input lies, None where that is float."""
+        return next((self.placed[source.name].output for source in layer.inputs if source.is_float), None)
+
+    # Calibration and evaluation ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def calibrate(self, batches: Any, progress: Progress | None = None) -> None:
+        """Changes the sim: runs the float model over `batches`, keeps statistics, and finds every encoding.
+
+        batches: any iterable of tensors, tuples, dicts; of (x, y) it takes x. Earlier statistics are replaced; frozen
+        encodings stay. On an error or when cancelled the sim is as it was. Raises InputError for an empty iterable and
+        NonFiniteData where a layer's values hold NaN or infinity, naming batch and layer.
+        """
+        from qlab.sim.calibrate import calibrate
+
+        calibrate(self, Batches(batches), progress or Silent())
+
+    def evaluate(self, score: "Evaluation | Callable[[nn.Module], Any]", quantized: bool = True) -> "Measurement":
+        """The score of the sim, or of the float model when `quantized` is False.
+
+        score: Accuracy, Agreement, SQNR, or any function of a model that returns a number.
+        """
+        from qlab.sim.evaluate import evaluate
+
+        return evaluate(self, score, quantized)
+
+    def float_output(self, batch: Any) -> Any:
+        """The float model's result on one batch, labelled or not."""
+        with self.quantization_off(), torch.no_grad():
+            return self.graph.run(self.inputs(batch), call_layer)
+
+    def output(self, batch: Any) -> Any:
+        """The sim's result on one batch, labelled or not, without gradient."""
+        with torch.no_grad():
+            return self.graph.run(self.inputs(batch), self.call if self.quantization_enabled else call_layer)
+
+    def inputs(self, batch: Any) -> list[Any]:
+        """The model's flat inputs of one batch, on the sim's device."""
+        return flat_inputs(self.graph, batch, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    # Views of the state -----------------------------------------------------------------------------------------------
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Every quantizer as a row: layer, part, spec, state, scale, zero point, range and SQNR."""
+        from qlab.sim.tables import quantizer_table
+
+        return quantizer_table(self)
+
+    def coverage(self) -> "pd.DataFrame":
+        """Every tensor-producing step as a row: quantized, fused, inherits or float, with the reason."""
+        from qlab.sim.tables import coverage_table
+
+        return coverage_table(self)
+
+    def __repr__(self) -> str:
+        from qlab.sim.tables import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        from qlab.sim.tables import html
+
+        return html(self)
+
+    # Files ------------------------------------------------------------------------------------------------------------
+
+    def save(self, path: Any) -> None:
+        """Writes weights, quantizers, statistics and settings to one safetensors file, renamed into place."""
+        from qlab.sim.files import save
+
+        save(self, path)
+
+    # nn.Module --------------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantSim":
+        super()._apply(fn, recurse)
+        self._steps = None
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantSim":
+        from copy import deepcopy
+
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        for key in ("_modules", *(k for k in self.__dict__ if k != "_modules")):  # the model before its quantizers
+            twin.__dict__[key] = None if key == "_steps" else deepcopy(self.__dict__[key], memo)
+        return twin
+
+
+class _Step:
+    """How one layer is computed, decided once: with which weight, and whether its output may be rounded in place."""
+
+    def __init__(self, sim: QuantSim, layer: Layer) -> None:
+        entry = sim.placed[layer.name]
+        self.weight = entry.weight
+        self.output = entry.output if entry.role is Role.QUANTIZED else None
+        self.input = sim.input_quantizer(layer) if sim.preset.int32_bias else None
+        self.compute: Callable[..., Any]
+        if entry.carries_weight:
+            self.compute = _carry
+        elif self.weight is None or layer.module is None:
+            self.compute = _plain
+        else:
+            self.compute = _WITH_WEIGHT.get(type(layer.module), _functional)
+
+    def __call__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = self.compute(self, layer, args, kwargs)
+        output = self.output
+        if output is None or not output.enabled:
+            return value
+        if torch.is_grad_enabled() and (
+            value.requires_grad or (output.scale is not None and output.scale.requires_grad)
+        ):
+            return output(value)
+        return output.quantize_(value) if _is_fresh(value, args, layer) else output(value)
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        """The bias the target adds: corrected, and on the int32 grid where the preset asks for it."""
+        bias, weight = module.bias, self.weight
+        assert weight is not None
+        if not weight.enabled:
+            return bias  # type: ignore[return-value]
+        if weight.bias_correction is not None:
+            bias = weight.bias_correction if bias is None else bias + weight.bias_correction
+        if bias is None or self.input is None or not self.input.enabled or self.input.encoding is None:
+            return bias  # type: ignore[return-value]
+        scale = self.input.encoding.scale * weight.required_encoding().scale
+        if scale.dim() > 1:  # blocks have no single scale a channel: the target keeps such a bias in float
+            return bias  # type: ignore[return-value]
+        # float64: an int32 bias has more digits than float32
+        return bias + ((bias / scale.double()).round() * scale.double() - bias).detach().to(bias.dtype)
+
+
+def _is_fresh(value: Tensor, args: tuple[Any, ...], layer: Layer) -> bool:
+    """Whether nothing else can see the memory of `value`, so that it may be overwritten."""
+    if layer.kind in ("input", "parameter") or not isinstance(value, Tensor) or value.requires_grad:
+        return False
+    pointer = value.untyped_storage().data_ptr()
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.untyped_storage().data_ptr() == pointer:
+                return False
+        elif isinstance(arg, (list, tuple)) and not _is_fresh(value, tuple(arg), layer):
+            return False
+    return True
+
+
+def _plain(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return call_layer(layer, args, kwargs)
+
+
+def _carry(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    assert step.weight is not None
+    return step.weight.quantized()
+
+
+def _functional(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    module = layer.module
+    assert module is not None
+    assert step.weight is not None
+    replaced = {"weight": step.weight.quantized()}
+    if isinstance(getattr(module, "bias", None), Tensor):
+        replaced["bias"] = step.bias(module)  # type: ignore[assignment]
+    return functional_call(module, replaced, args, kwargs)
+
+
+def _conv(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    module: Any = layer.module
+    return module._conv_forward(args[0], step.weight.quantized(), step.bias(module))  # type: ignore[union-attr]
+
+
+def _linear(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return F.linear(args[0], step.weight.quantized(), step.bias(layer.module))  # type: ignore[union-attr,arg-type]
+
+
+_WITH_WEIGHT: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    nn.Conv3d: _conv,
+    nn.Linear: _linear,
+}
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]

@@ -1,0 +1,88 @@
+"""Snapshot: the whole state of a sim, to return to when a technique is cancelled, fails or is undone."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qlab.quantization import Quantizer
+
+if TYPE_CHECKING:
+    from qlab.sim.quant_sim import QuantSim
+
+
+class Snapshot:
+    """Remembers `sim` as it is now; `restore` brings it back, in place, bit for bit.
+
+    weights False leaves parameters and buffers of the model out: enough, and much smaller, where only settings of
+    quantizers are about to change.
+    """
+
+    def __init__(self, sim: "QuantSim", weights: bool = True) -> None:
+        self._sim = sim
+        self._flags = (sim.training, sim.quantization_enabled, sim.preset)
+        self._quantizers = {name: quantizer.state() for name, quantizer in _quantizers(sim)}
+        self._model: dict[str, tuple[Tensor, Tensor]] | None = None
+        if weights:
+            self._model = {name: (t, t.detach().clone()) for name, t in _tensors(sim.model).items()}
+            self._layers = [
+                (layer, layer.module, layer.function, layer.kind, layer.args, layer.kwargs) for layer in sim.graph
+            ]
+            self._modules = dict(sim.model.named_modules(remove_duplicate=False))
+            self._training = {name: module.training for name, module in self._modules.items()}
+            self._edits = list(sim.graph.edits)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held for weights."""
+        return sum(c.numel() * c.element_size() for _, c in (self._model or {}).values())
+
+    def restore(self) -> None:
+        """Changes the sim back to the remembered state. May be called more than once."""
+        sim = self._sim
+        if self._model is not None:
+            self._restore_model(sim)
+        for name, quantizer in _quantizers(sim):
+            quantizer.set_state(self._quantizers[name])
+        sim.train(self._flags[0])
+        sim.quantization_enabled, sim.preset = self._flags[1:]
+        if self._model is not None:
+            for name, module in self._modules.items():
+                module.training = self._training[name]
+        sim.changed()
+
+    def _restore_model(self, sim: "QuantSim") -> None:
+        for name, module in self._modules.items():
+            parent, _, attribute = name.rpartition(".")
+            if name and getattr(self._modules[parent], attribute) is not module:
+                setattr(self._modules[parent], attribute, module)
+        for layer, module_, function, kind, args, kwargs in self._layers:
+            layer.module, layer.function, layer.kind, layer.args, layer.kwargs = module_, function, kind, args, kwargs
+        sim.graph.edits[:] = self._edits
+        sim.graph.link()
+        assert self._model is not None
+        present = _tensors(sim.model)
+        for name in present.keys() - self._model.keys():  # a bias that folding added
+            owner, attribute = _owner(sim.model, name)
+            owner._parameters[attribute] = None
+        with torch.no_grad():
+            for name, (tensor, copy) in self._model.items():
+                owner, attribute = _owner(sim.model, name)
+                store = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
+                store[attribute] = tensor
+                if tensor.shape != copy.shape or not torch.equal(tensor, copy):
+                    tensor.data = copy.clone() if tensor.shape != copy.shape else tensor.data
+                    tensor.copy_(copy)
+
+
+def _quantizers(sim: "QuantSim") -> list[tuple[str, Quantizer]]:
+    return [(name, quantizer) for name, quantizer in sim.quantizers.items() if isinstance(quantizer, Quantizer)]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, attribute = name.rpartition(".")
+    return model.get_submodule(parent), attribute
