@@ -36,7 +36,7 @@ class Declaration:
 
 def setting(
     default: Any,
-    help: str,  # noqa: A002  the word a reader expects here
+    help: str,
     *,
     minimum: float | None = None,
     maximum: float | None = None,
