@@ -92,8 +92,10 @@ class Grid {
 
   buildFrame() {
     this.el.classList.add("qlab-grid");
-    this.el.dataset.lmSuppressShortcuts = "true"; // keys typed here are not JupyterLab's commands
-    this.el.addEventListener("keydown", (event) => event.stopPropagation());
+    this.el.addEventListener("keydown", (event) => {
+      // Plain keys would be commands of JupyterLab ("d d" deletes the cell); Ctrl+S and its like are meant for it.
+      if (event.defaultPrevented || !(event.ctrlKey || event.metaKey)) event.stopPropagation();
+    });
     const tools = element("div", "qlab-grid-tools");
     this.search = element("input", "", { type: "search", "aria-label": "Filter rows", spellcheck: "false" });
     this.search.placeholder = "Filter: words or layer2.*";
@@ -123,6 +125,11 @@ class Grid {
   }
 
   load(table) {
+    const currentKey = this.table?.keys[this.current.row];
+    const hadFocus = this.grid.contains(document.activeElement);
+    clearTimeout(this.typed?.timer);
+    this.typed = null;
+    this.pending.clear();
     this.table = table;
     this.order = table.keys.map((_, row) => row);
     this.sorting = this.sorting && table.columns[this.sorting.column] ? this.sorting : null;
@@ -131,8 +138,11 @@ class Grid {
     this.sort();
     this.applyFilter();
     this.showSelection();
-    this.current = { row: this.visible()[0] ?? -1, column: Math.min(this.current.column, table.columns.length - 1) };
+    const kept = table.keys.indexOf(currentKey);
+    const row = kept >= 0 ? kept : (this.visible()[0] ?? -1);
+    this.current = { row, column: Math.min(this.current.column, table.columns.length - 1) };
     this.target(this.current)?.setAttribute("tabindex", "0");
+    if (hadFocus) this.focus(this.current);
   }
 
   buildHead() {
@@ -143,7 +153,8 @@ class Grid {
       for (let start = 0; start < columns.length; ) {
         let end = start + 1;
         while (end < columns.length && columns[end].group === columns[start].group) end++;
-        const cell = element(columns[start].group ? "th" : "td", "", { colspan: end - start, scope: "colgroup" });
+        const isNamed = columns[start].group !== "";
+        const cell = element(isNamed ? "th" : "td", "", { colspan: end - start, ...(isNamed && { scope: "colgroup" }) });
         cell.textContent = columns[start].group;
         groups.append(cell);
         start = end;
@@ -153,8 +164,7 @@ class Grid {
     this.header = element("tr");
     for (const [i, column] of columns.entries()) {
       const cell = element("th", column.numeric ? "qlab-number" : "", { scope: "col" });
-      const starts = i > 0 && column.group && columns[i - 1].group !== column.group;
-      cell.classList.toggle("qlab-starts-group", starts);
+      cell.classList.toggle("qlab-starts-group", i > 0 && columns[i - 1].group !== column.group);
       const button = element("button", "", { type: "button", tabindex: "-1" });
       button.textContent = column.title;
       button.title = column.help;
@@ -171,8 +181,7 @@ class Grid {
       const cell = element(i === 0 ? "th" : "td", "", i === 0 ? { scope: "row" } : { role: "gridcell" });
       cell.tabIndex = -1;
       if (column.numeric) cell.classList.add("qlab-number");
-      const { columns } = this.table;
-      if (i > 0 && column.group && columns[i - 1].group !== column.group) cell.classList.add("qlab-starts-group");
+      cell.classList.toggle("qlab-starts-group", i > 0 && this.table.columns[i - 1].group !== column.group);
       line.append(cell);
       this.fill(cell, row, i);
     }

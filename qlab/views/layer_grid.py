@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas
 import traitlets
 
 from qlab.views.cell_editors import CellEditor, EditRefused, Scalar, describe
@@ -116,7 +117,10 @@ class LayerGrid(LiveWidget):
         return self._values[self._column(column).name][self._row(row)]
 
     def on_edit(self, callback: Callable[[list[str], str, Scalar], object]) -> Callable[..., object]:
-        """Call back with (rows, column, value) for each edit; usable as a decorator."""
+        """Call back with (rows, column, value) for each edit; usable as a decorator.
+
+        Let the callback raise: the grid shows the error and puts the old values back.
+        """
         self._edit_callbacks.append(callback)
         return callback
 
@@ -209,12 +213,13 @@ class LayerGrid(LiveWidget):
 
     def receive(self, message: dict[str, Any]) -> None:
         self.alert = ""
-        kind = message["kind"]
-        if kind == "edit":
-            self._edit(message)
-        elif kind in self._history_callbacks:
-            for callback in self._history_callbacks[kind]:
+        try:
+            if message["kind"] == "edit":
+                self._edit(message)
+            for callback in self._history_callbacks.get(message["kind"], ()):
                 callback()
+        except ValueError as refusal:
+            self.alert = str(refusal)
 
     def summary(self) -> str:
         return f"LayerGrid({self.label!r}, {len(self._index)} rows, {len(self._columns)} columns)"
@@ -262,33 +267,29 @@ class LayerGrid(LiveWidget):
         try:
             return self._columns[name]
         except KeyError:
-            raise EditRefused(f"expected one of the columns {', '.join(self._columns)}, got {name!r}") from None
+            raise ValueError(f"expected one of the columns {', '.join(self._columns)}, got {name!r}") from None
 
     def _row(self, key: str) -> int:
         try:
             return self._index[key]
         except KeyError:
-            raise EditRefused(f"there is no row {key!r} in {self.label}") from None
+            raise ValueError(f"there is no row {key!r} in {self.label}") from None
 
     def _edit(self, message: dict[str, Any]) -> None:
         with self.batch():
             self._answered = {"answered": message.get("id")}
+            rows, column, value = self._accept(message["rows"], message["column"], message["value"])
+            before = {row: self.value(row, column) for row in rows}
+            self.patch({column: dict.fromkeys(rows, value)})
             try:
-                rows, column, value = self._accept(message["rows"], message["column"], message["value"])
-                left_out = len(message["rows"]) - len(rows)
-                before = {row: self.value(row, column) for row in rows}
-                self.patch({column: dict.fromkeys(rows, value)})
-                try:
-                    for callback in self._edit_callbacks:
-                        callback(rows, column, value)
-                except Exception:
-                    self.patch({column: before})
-                    raise
-            except ValueError as refusal:
-                self.alert = str(refusal)
-            else:
-                verb = "does" if left_out == 1 else "do"
-                self._answered["notice"] = f"{left_out} of the selected rows {verb} not take it." if left_out else ""
+                for callback in self._edit_callbacks:
+                    callback(rows, column, value)
+            except Exception:
+                self.patch({column: before})
+                raise
+            left_out = len(message["rows"]) - len(rows)
+            verb = "does" if left_out == 1 else "do"
+            self._answered["notice"] = f"{left_out} of the selected rows {verb} not take it." if left_out else ""
 
     def _accept(self, rows: Sequence[str], name: str, typed: object) -> tuple[list[str], str, Scalar]:
         """The rows that take the value, which must be one at least: a selection often holds layers of several kinds."""
@@ -303,7 +304,7 @@ class LayerGrid(LiveWidget):
                     raise EditRefused("cannot be changed")
                 accepted[row] = column.editor.accept(typed, allowed)
             except EditRefused as reason:
-                refusal = refusal or f"{column.heading} of {row} {reason}."
+                refusal = refusal or f"{column.heading[:1].upper()}{column.heading[1:]} of {row} {reason}."
         if not accepted:
             raise EditRefused(refusal or "No row was named.")
         return list(accepted), name, next(iter(accepted.values()))
@@ -328,7 +329,7 @@ def _plain(value: Any) -> Scalar:
     """A cell's value without numpy, torch or pandas: NaN and its like become None, other objects text."""
     if hasattr(value, "item"):
         value = value.item()
-    if value is None or value != value:
+    if value is None or value is pandas.NA or value != value:
         return None
     return value if isinstance(value, bool | int | float | str) else str(value)
 

@@ -125,7 +125,7 @@ def test_a_number_that_is_not_offered_is_refused_in_a_sentence(notebook, grid):
     target.click()
     notebook.page.keyboard.press("7")
     alert = grid.get_by_role("alert")
-    expect(alert).to_have_text("weight bits of layer1.0.conv2d takes 2, 3, 4, 6, 8, 10 or 16; got '7'.")
+    expect(alert).to_have_text("Weight bits of layer1.0.conv2d takes 2, 3, 4, 6, 8, 10 or 16; got '7'.")
     expect(target).to_have_text("8")
     expect(target).not_to_have_class(re.compile("qlab-pending"))
     notebook.screenshot("grid_refused", grid)
@@ -229,6 +229,12 @@ def test_keys_typed_in_the_grid_are_not_commands_of_jupyterlab(notebook, grid):
     assert steps(notebook) == []
 
 
+def test_saving_works_from_within_the_grid(notebook, grid):
+    cell(grid, 0, "type").click()
+    notebook.page.keyboard.press("Control+s")
+    notebook.page.wait_for_function("!window.jupyterapp.shell.currentWidget.content.model.dirty")
+
+
 def test_selection_is_the_same_on_both_sides(notebook, grid):
     cell(grid, 0, "layer").click()
     press = notebook.page.keyboard.press
@@ -313,10 +319,12 @@ def test_a_reload_and_a_second_view_show_the_current_state(notebook, grid):
 
 
 def test_all_rows_can_be_replaced(notebook, grid):
+    cell(grid, 1, "bits").click()
     notebook.py("grid.selected = ['layer1.1.conv2d', 'layer5.0.conv2d']")
     notebook.py("rows, allowed = layers(8); grid.reset(rows, allowed=allowed)")
     expect(grid.locator("tbody tr")).to_have_count(8)
     expect(grid.locator("tbody tr[aria-selected=true]")).to_have_count(1)
+    expect(cell(grid, 1, "bits")).to_be_focused()
 
 
 @pytest.mark.parametrize("count", [200, 300])

@@ -1,0 +1,100 @@
+"""Views end their subscriptions, show errors escaped, and raise them only when strict."""
+
+import subprocess
+from pathlib import Path
+from shutil import copy, which
+
+import ipywidgets
+import pytest
+from psygnal import Signal
+
+import qlab.views
+from qlab.views.view import View, escape
+
+SCRIPTS = sorted(Path(qlab.views.__file__).parent.glob("*.js"))
+
+
+class Subject:
+    changed = Signal(str)
+
+
+class Echo(View):
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.seen: list[str] = []
+        self.button = ipywidgets.Button()
+        self.display(ipywidgets.HBox([self.button]))
+        self.listen(subject.changed, self.show)
+
+    def show(self, text: str) -> None:
+        if text.startswith("bad"):
+            raise ValueError(f"cannot show <{text}>")
+        self.seen.append(text)
+
+
+@pytest.fixture
+def subject() -> Subject:
+    return Subject()
+
+
+def test_a_closed_view_hears_nothing_and_leaves_no_widget_open(subject):
+    view = Echo(subject)
+    subject.changed.emit("one")
+    view.close()
+    view.close()
+    subject.changed.emit("two")
+    assert view.seen == ["one"]
+    assert len(subject.changed) == 0
+    assert view.comm is None
+    assert view.button.comm is None
+    assert view.error_box.comm is None
+
+
+def test_an_error_is_shown_escaped_until_the_same_callback_succeeds(subject, monkeypatch):
+    monkeypatch.delenv("QLAB_STRICT", raising=False)
+    view = Echo(subject)
+    subject.changed.emit("bad<b>")
+    shown = view.error_box.value
+    assert 'role="alert"' in shown
+    assert "cannot show &lt;bad&lt;b&gt;&gt;" in shown
+    assert "Traceback" in shown
+    assert "<b>>" not in shown
+    assert isinstance(view.error_box.error, ValueError)
+    view.guarded(lambda: None)()
+    assert view.error_box.error is not None
+    subject.changed.emit("good")
+    assert view.error_box.value == ""
+    assert view.error_box.layout.display == "none"
+
+
+def test_strict_raises_what_it_shows(subject, monkeypatch):
+    monkeypatch.setenv("QLAB_STRICT", "1")
+    view = Echo(subject)
+    with pytest.raises(Exception, match="cannot show <bad>") as caught:
+        subject.changed.emit("bad")
+    assert isinstance(caught.value.__cause__ or caught.value, ValueError)
+    assert view.error_box.error is not None
+
+
+def test_a_view_reads_without_a_kernel(subject):
+    data, _ = Echo(subject)._repr_mimebundle_()
+    assert data["text/plain"] == "Echo(Subject)"
+    assert "Echo(Subject)" in data["text/html"]
+    assert "application/vnd.jupyter.widget-view+json" in data
+
+
+def test_escape_leaves_no_markup():
+    assert escape('<a href="x">&\'') == "&lt;a href=&quot;x&quot;&gt;&amp;&#x27;"
+
+
+@pytest.mark.skipif(which("node") is None, reason="no node to check JavaScript with")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_valid_modules(script, tmp_path):
+    module = tmp_path / f"{script.stem}.mjs"
+    copy(script, module)
+    check = subprocess.run(["node", "--check", module], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
+
+
+def test_there_are_scripts_to_check():
+    assert {"bokeh_pane.js", "layer_grid.js"} <= {script.name for script in SCRIPTS}
