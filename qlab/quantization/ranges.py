@@ -4,8 +4,8 @@ Every rule chooses a range per channel; `encoding_of_range` turns a range into a
 candidate range are computed on the sample, so no rule needs the data again.
 """
 
-import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -103,60 +103,72 @@ def entropy(sample: Sample, spec: QuantSpec) -> Range:
     Clipped counts join the outermost kept bins of the reference; each level's count is spread evenly over its filled
     bins. Source: S. Migacz, 8-bit inference with TensorRT, 2017. 100 shrink factors.
     """
-    best_low, best_high = sample.minimum.clone(), sample.maximum.clone()
-    best = torch.full_like(best_low, math.inf, dtype=torch.float64)
-    for factor in _FACTORS:
-        low, high = sample.minimum * factor, sample.maximum * factor
-        divergence = _divergence(sample, low, high, spec)
-        better = divergence < best - 1e-12
-        best = torch.where(better, divergence, best)
-        best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)
-    return best_low, best_high
+    factors = torch.tensor(_FACTORS)[:, None]
+    lows, highs = sample.minimum * factors, sample.maximum * factors
+    if len(sample.minimum) == 1:  # one row: all candidates at once
+        rows = replace(
+            sample,
+            values=sample.values.expand(len(lows), -1),
+            counts=sample.counts.expand(len(lows), -1),
+        )
+        divergence = _divergence(rows, lows[:, 0], highs[:, 0], spec)[:, None]
+    else:
+        divergence = torch.stack([_divergence(sample, a, b, spec) for a, b in zip(lows, highs, strict=True)])
+    best = divergence.argmin(0, keepdim=True)
+    return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
 
 def error_of_range(sample: Sample, low: Tensor, high: Tensor, spec: QuantSpec, clipping_weight: float = 1.0) -> Tensor:
-    """The mean squared error [C] of quantizing `sample` on the grid for [low, high], clipped values weighted."""
+    """The mean squared error of quantizing `sample` on the grid for [low, high], clipped values weighted.
+
+    Shapes: low, high [C] -> [C]; for a sample of one row also [k] -> [k], one error a candidate.
+    """
     encoding = encoding_of_range(low, high, spec, axis=0)
     scale, zero_point = encoding.scale[:, None], encoding.zero_point[:, None]
     values = sample.values
-    levels = torch.round(values / scale) + zero_point
-    kept = levels.clamp(encoding.qmin, encoding.qmax)
-    squared = ((kept - zero_point) * scale - values).square_()
-    clipped = levels != kept
+    levels = (values / scale).round_()
+    kept = levels.clamp(encoding.qmin - zero_point, encoding.qmax - zero_point)
+    clipped = levels.ne_(kept)  # 1.0 where clipped
+    squared = kept.mul_(scale).sub_(values).square_()
     # A histogram cannot resolve steps finer than its bins: there rounding costs scale^2 / 12 whatever the value.
-    fine = (encoding.scale < 2 * sample.bin_width)[:, None]
-    squared = torch.where(fine & ~clipped, (scale * scale / 12).expand_as(squared), squared)
+    fine = encoding.scale < 2 * sample.bin_width
+    if bool(fine.any()):
+        squared = torch.where(fine[:, None] & (clipped == 0), scale * scale / 12, squared)
     if clipping_weight != 1.0:
-        squared = torch.where(clipped, squared * clipping_weight, squared)
-    return (squared.double() * sample.counts).sum(1) / sample.counts.sum(1).clamp_min(1)
+        squared.mul_(clipped.mul_(clipping_weight - 1.0).add_(1.0))
+    return (squared * sample.counts).sum(1, dtype=torch.float64) / sample.counts.sum(1).clamp_min(1)
 
 
 _FACTORS = tuple((i + 1) / 100 for i in reversed(range(100)))  # widest first, so that ties clip nothing
 
 
 def _search(sample: Sample, spec: QuantSpec, clipping_weight: float) -> Range:
-    best_low, best_high = sample.minimum.clone(), sample.maximum.clone()
-    best = torch.full_like(best_low, math.inf, dtype=torch.float64)
-
-    def attempt(low: Tensor, high: Tensor) -> None:
-        nonlocal best, best_low, best_high
-        error = error_of_range(sample, low, high, spec, clipping_weight)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)
-
-    for factor in _FACTORS:
-        attempt(sample.minimum * factor, sample.maximum * factor)
+    filled = sample.counts.sum(0) > 0
+    if len(sample.minimum) == 1 and not bool(filled.all()):
+        sample = replace(sample, values=sample.values[:, filled], counts=sample.counts[:, filled])
+    factors = torch.tensor(_FACTORS)[:, None]
+    low, high = _best(sample, spec, clipping_weight, sample.minimum * factors, sample.maximum * factors)
     if spec.scheme is Scheme.ASYMMETRIC:
         for reach in (1.0, 0.2):
+            moves = 1 + torch.linspace(-reach, reach, 17)[:, None]
+            moves = moves[(moves[:, 0] - 1).abs().argsort(stable=True)]  # staying comes first, so that ties stay
             for moves_low in (True, False):
-                low, high = best_low, best_high
-                for part in torch.linspace(-reach, reach, 17).tolist():
-                    if moves_low:
-                        attempt(torch.maximum(low * (1 + part), sample.minimum), high)
-                    else:
-                        attempt(low, torch.minimum(high * (1 + part), sample.maximum))
-    return best_low, best_high
+                lows = torch.maximum(low * moves, sample.minimum) if moves_low else low.expand(17, -1)
+                highs = high.expand(17, -1) if moves_low else torch.minimum(high * moves, sample.maximum)
+                low, high = _best(sample, spec, clipping_weight, lows, highs)
+    return low, high
+
+
+def _best(sample: Sample, spec: QuantSpec, clipping_weight: float, lows: Tensor, highs: Tensor) -> Range:
+    """The candidate of least error in each channel; lows, highs [k, C]."""
+    if lows.shape[1] == 1:  # one row: all candidates at once
+        errors = error_of_range(sample, lows[:, 0], highs[:, 0], spec, clipping_weight)[:, None]
+    else:
+        errors = torch.stack(
+            [error_of_range(sample, a, b, spec, clipping_weight) for a, b in zip(lows, highs, strict=True)]
+        )
+    best = errors.argmin(0, keepdim=True)
+    return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
 
 def _divergence(sample: Sample, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
