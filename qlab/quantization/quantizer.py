@@ -268,11 +268,12 @@ class Quantizer(nn.Module):
         return encoding
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
+        grid = {name: getattr(self, name) for name in ("scale", "zero_point")}
         super()._apply(fn, recurse)
-        for name in ("scale", "zero_point"):  # model.half() must not round the grid
+        for name, before in grid.items():  # model.half() must not round the grid
             value = getattr(self, name)
-            if value is not None and value.dtype != torch.float32:
-                setattr(self, name, value.float())
+            if value is not None and value.dtype != before.dtype:
+                setattr(self, name, before.to(value.device))
         self._encoding = None
         self.version += 1
         return self
