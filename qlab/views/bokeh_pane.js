@@ -110,6 +110,7 @@ export default () => {
       model.on("msg:custom", (message, buffers) => receive(model, message, buffers));
       // The snapshot is read now: one that comes while BokehJS loads holds changes that `early` holds as well.
       ready = start(model, model.get("_snapshot"));
+      ready.catch(() => {}); // each view that waits for it shows the error
     },
 
     async render({ model, el }) {

@@ -6,19 +6,29 @@ const PATIENCE_MS = 700; // for the second digit of a number
 const asNumber = (value) => (value === "Infinity" ? Infinity : value === "-Infinity" ? -Infinity : value);
 
 /** Python's format specs of the form "+,.1f" with d, f, % or g. */
-function formatNumber(value, spec) {
+export function formatNumber(value, spec) {
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "-∞";
   const [, sign, comma, digits, type] = /^(\+?)(,?)(?:\.(\d+))?([df%g])$/.exec(spec || (Number.isInteger(value) ? "d" : ".4g"));
-  const places = digits === undefined ? (type === "d" ? 0 : 6) : Number(digits);
+  const places = Number(digits ?? 6);
+  if (type === "d") value = Math.round(value) + 0; // + 0 turns -0 into 0
   let text;
-  if (type === "g") text = String(Number(value.toPrecision(Math.max(places, 1))));
+  if (type === "d") text = String(value);
+  else if (type === "g") text = general(value, places);
   else text = (type === "%" ? value * 100 : value).toFixed(places);
-  if (comma) text = text.replace(/\B(?=(\d{3})+(?!\d))/g, (match, _, at) => (text.slice(0, at).includes(".") ? "" : ","));
+  if (comma) text = text.replace(/^-?\d+/, (whole) => whole.replace(/\B(?=(\d{3})+$)/g, ","));
   return (sign && value >= 0 ? "+" : "") + text + (type === "%" ? "%" : "");
 }
 
+function general(value, digits) {
+  const precision = Math.max(1, digits);
+  const withoutZeros = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
+  const [mantissa, exponent] = value.toExponential(precision - 1).split("e");
+  if (exponent >= -4 && exponent < precision) return withoutZeros(value.toFixed(precision - 1 - exponent));
+  return `${withoutZeros(mantissa)}e${exponent[0]}${exponent.slice(1).padStart(2, "0")}`;
+}
+
 /** Words that all must occur, or globs on the whole row key, as Python's fnmatch reads them. */
-function matcher(filter) {
+export function matcher(filter) {
   const tests = filter.toLowerCase().split(/\s+/).filter(Boolean).map((word) => {
     if (!/[*?[]/.test(word)) return (key, text) => text.includes(word);
     const pattern = word.replace(/\[!?[^\]]+\]|[\s\S]/g, (part) => {
@@ -35,7 +45,7 @@ function matcher(filter) {
 
 const collator = new Intl.Collator(undefined, { numeric: true }); // layer10 comes after layer2
 
-function compare(a, b) {
+export function compare(a, b) {
   if (typeof a === "number" && typeof b === "number") return a - b;
   return collator.compare(String(a), String(b));
 }

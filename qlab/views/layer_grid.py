@@ -20,7 +20,7 @@ from qlab.views.cell_editors import CellEditor, EditRefused, Scalar, describe
 from qlab.views.live_widget import LiveWidget
 from qlab.views.view import STATIC_NOTE, escape
 
-NUMBER_FORMAT = re.compile(r"\+?,?(\.\d+)?[df%g]")
+NUMBER_FORMAT = re.compile(r"\+?,?(d|(\.\d+)?[f%g])")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Column:
             return value
         if not math.isfinite(value):
             return "∞" if value > 0 else "-∞"
-        default = "d" if isinstance(value, int) else ".4g"
-        return format(value, self.format or default)
+        spec = self.format or ("d" if float(value).is_integer() else ".4g")
+        return format(round(value) if spec.endswith("d") else value, spec)
 
 
 class LayerGrid(LiveWidget):

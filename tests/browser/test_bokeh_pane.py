@@ -1,6 +1,7 @@
 """The pane in a real JupyterLab: drawn offline, patched, tapped, reloaded, themed, and quiet when left alone."""
 
 import statistics
+import time
 
 import pytest
 from playwright.sync_api import Locator, expect
@@ -158,6 +159,33 @@ def test_a_tap_and_its_selection_reach_python_once(notebook):
     assert notebook.py("print(taps, selections)") == "[2] [[2]]"
 
 
+def test_what_is_done_in_the_browser_is_saved_once_things_are_quiet(notebook):
+    pane = show(
+        notebook,
+        """
+pane, source, plot = bars([30, 20, 25, 10])
+saved, send_state = [], pane.send_state
+pane.send_state = lambda key=None: (saved.append(pane.take_snapshot()), send_state(key))
+pane""",
+    )
+    notebook.py("saved.clear()")
+    click_bar(pane, 2, of=4)
+    notebook.page.wait_for_timeout(1500)  # no cell may run meanwhile: that would save as well
+    assert notebook.py("print(len(saved), '\"indices\":[2]' in saved[-1])") == "1 True"
+
+
+def test_a_thread_repaints_while_a_cell_runs(notebook):
+    pane = show(notebook, "pane, source, plot = bars([30, 20, 25, 10]); pane")
+    before = painted(pane)
+    notebook.run("""
+import threading
+def work(): source.data = {"x": [0, 1], "height": [5, 50]}
+thread = threading.Thread(target=work)
+thread.start(); thread.join()""")
+    pane.scroll_into_view_if_needed()
+    wait_for_new_picture(pane, before)
+
+
 def test_a_pan_sends_few_messages(notebook, measure):
     pane = show(
         notebook,
@@ -170,16 +198,18 @@ pane""",
     )
     box = pane.bounding_box()
     mouse = notebook.page.mouse
+    start = time.monotonic()
     mouse.move(box["x"] + 150, box["y"] + 110)
     mouse.down()
     for step in range(60):
         mouse.move(box["x"] + 150 + step, box["y"] + 110)
     mouse.up()
+    taken_s = time.monotonic() - start
     notebook.page.wait_for_timeout(300)
-    start, messages = notebook.py("print(plot.x_range.start, len(received))").split()
-    measure(f"60 moves of a pan: {messages} messages")
-    assert float(start) < -1
-    assert int(messages) <= 30
+    left, messages = notebook.py("print(plot.x_range.start, len(received))").split()
+    measure(f"60 moves of a pan in {taken_s:.1f} s: {messages} messages")
+    assert float(left) < -1
+    assert int(messages) <= taken_s / 0.05 + 2
 
 
 def test_a_second_view_is_current_and_follows(notebook):
@@ -254,9 +284,10 @@ def test_closing_a_pane_removes_its_view(notebook):
 
 def test_a_reload_shows_the_current_figure_and_selection(notebook):
     pane = show(notebook, "pane, source, plot = bars([30, 20, 25, 10]); pane")
+    unselected = painted(pane)
     click_bar(pane, 2, of=4)
     notebook.eventually("print(source.selected.indices)", "[2]")
-    before = painted(pane)
+    before = wait_for_new_picture(pane, unselected)
     notebook.py("plot.title.text = 'changed before the reload'")
     current = wait_for_new_picture(pane, before)
     notebook.reload()

@@ -191,6 +191,39 @@ def test_enter_opens_the_list_and_escape_leaves_it(notebook, grid):
     assert steps(notebook) == []
 
 
+def test_arrow_keys_choose_in_the_open_list(notebook, grid):
+    target = cell(grid, 0, "rule")
+    target.click()
+    for key in ("Enter", "ArrowDown", "Enter"):
+        notebook.page.keyboard.press(key)
+    expect(target).to_have_text("percentile")
+    expect(target).to_be_focused()
+    assert steps(notebook) == [[["layer1.0.conv2d"], "rule", "percentile"]]
+
+
+def test_a_thread_patches_while_a_cell_runs(notebook, grid):
+    notebook.run("""
+import threading, time
+def sweep():
+    for row in grid.rows:
+        grid.patch({"drop": {row: -0.5}})
+        time.sleep(0.01)
+thread = threading.Thread(target=sweep)
+thread.start(); thread.join()""")
+    expect(cell(grid, 20, "drop")).to_have_text("-50.0%")
+
+
+def test_the_saved_notebook_is_small_and_reads_without_a_kernel(notebook, grid):
+    notebook.command("docmanager:save")
+    path = notebook.page.evaluate("window.jupyterapp.shell.currentWidget.context.path")
+    saved = json.loads((notebook.server.notebooks / path).read_text())
+    (output,) = saved["cells"][-1]["outputs"]
+    assert "<table>" in "".join(output["data"]["text/html"])
+    assert "".join(output["data"]["text/plain"]) == "LayerGrid('21 layers', 21 rows, 12 columns)"
+    assert len(json.dumps(output)) < 6000
+    assert "widgets" not in saved["metadata"]
+
+
 def test_a_cell_without_weight_is_read_only(notebook, grid):
     target = cell(grid, 3, "bits")
     target.click()

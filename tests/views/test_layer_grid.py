@@ -1,13 +1,19 @@
 """The grid's half of the protocol: checked edits, sparse answers, refusals, replaced rows, still pictures."""
 
+import fnmatch
+import itertools
 import json
 import math
+import subprocess
+from pathlib import Path
+from shutil import copy, which
 
 import numpy as np
 import pandas as pd
 import pytest
 import traitlets
 
+import qlab.views
 from qlab.views.cell_editors import Choice, EditRefused, Flag, Number, Text
 from qlab.views.layer_grid import Column, LayerGrid
 
@@ -225,3 +231,38 @@ def test_texts_are_one_line_of_limited_length():
 def test_numbers_are_finite(typed):
     with pytest.raises(EditRefused):
         Number().accept(typed)
+
+
+def in_node(tmp_path: Path, expression: str) -> list:
+    """The JSON value of an expression over what layer_grid.js exports."""
+    if which("node") is None:
+        pytest.skip("no node to run JavaScript with")
+    copy(Path(qlab.views.__file__).parent / "layer_grid.js", tmp_path / "grid.mjs")
+    script = f"import * as grid from './grid.mjs'; console.log(JSON.stringify({expression}))"
+    command = ["node", "--input-type=module", "--eval", script]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+def test_numbers_look_the_same_in_the_browser_and_in_the_still_picture(tmp_path):
+    specs = ["", "d", ",d", "+d", ".1f", "+,.2f", ".0%", "+.1%", ".3g", ",.1f", "f"]
+    values = [0, 7, -42, 2304, 1234567, 0.123, -0.0312, 99.9, 1e-7, 123456.789, -1234.56, 3.0, 1e21]
+    pairs = [(value, spec) for value, spec in itertools.product(values, specs) if abs(value) < 1e20 or spec == ".3g"]
+    shown = in_node(tmp_path, f"{json.dumps(pairs)}.map(([value, spec]) => grid.formatNumber(value, spec))")
+    assert shown == [Column("x", format=spec).text(value) for value, spec in pairs]
+
+
+def test_globs_match_as_in_python(tmp_path):
+    names = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer12.conv1", "layer2.0.add", "fc", "a[0]", "x\\y"]
+    globs = ["layer1.*", "*.conv?", "layer[!1]*", "layer[12]*conv1", "*conv[0-1]", "fc*", "a[[]0]", "*\\*", "*(*", "f?"]
+    expression = f"{json.dumps(globs)}.map((glob) => {json.dumps(names)}.filter((n) => grid.matcher(glob)(n, '')))"
+    assert in_node(tmp_path, expression) == [fnmatch.filter(names, glob) for glob in globs]
+
+
+def test_names_sort_by_their_numbers(tmp_path):
+    assert in_node(tmp_path, "['layer10', 'layer9', 'fc', 'layer1'].sort(grid.compare)") == [
+        "fc",
+        "layer1",
+        "layer9",
+        "layer10",
+    ]
