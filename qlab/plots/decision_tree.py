@@ -19,6 +19,7 @@ VERDICTS = {
     "forced": ("diamond", theme.PURPLE),
     "running": ("hex", theme.ORANGE),
 }
+KEPT = ("target met", "effective", "forced")
 _OTHER = ("square", theme.NEUTRAL)
 ROW_HEIGHT = 74
 
@@ -73,7 +74,12 @@ class DecisionTreeFigure(Plot):
             line_color="color",
             line_width=2,
         )
-        ink = {"source": self.source, "text_color": theme.NEUTRAL, "text_font": theme.FONT, "text_align": "center"}
+        ink = {
+            "source": self.source,
+            "text_color": theme.NEUTRAL,
+            "text_font": {"value": theme.FONT},
+            "text_align": "center",
+        }
         figure.text(
             "x", "y", text="name", y_offset=-5, text_font_size="12px", text_font_style="bold", x_offset=8, **ink
         )
@@ -144,7 +150,8 @@ class DecisionTreeFigure(Plot):
         theme.set_range(self.figure.x_range, middle - span / 2, middle + span / 2)
         theme.set_range(self.figure.y_range, y.min() - 0.5, y.max() + 0.5)
         self.figure.height = int(50 + ROW_HEIGHT * (y.max() - y.min() + 1))
-        best = f"best {self._score_name} {np.nanmax(score):.4g}" if np.isfinite(score).any() else "no score yet"
+        kept = [value for value, word in zip(score, verdict, strict=True) if word in KEPT and np.isfinite(value)]
+        best = f"best {self._score_name} {max(kept):.4g}" if kept else "none kept yet"
         wanted = f", target {target:.4g}" if target is not None else ""
         self._say(f"{len(stage)} stages, {best}{wanted}")
 

@@ -12,7 +12,7 @@ from qlab.plots.layered_layout import layered_layout
 from qlab.plots.plot import Plot
 
 NAMED_LAYERS = 40  # up to here every mark has its name beside it; hover has it always
-ARROWS = 400
+ARROWS = 150
 
 
 def graph(
@@ -81,7 +81,7 @@ class GraphFigure(Plot):
             source=self.source,
             text_color=theme.NEUTRAL,
             text_font_size="10px",
-            text_font=theme.FONT,
+            text_font={"value": theme.FONT},
             text_align="center",
             y_offset=18,
         )

@@ -1,5 +1,7 @@
 """A value per layer and channel as a heat map: where in the network, and in which channels, something stands out."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 from bokeh.models import ColorBar, FixedTicker, LinearColorMapper
@@ -42,7 +44,7 @@ class HeatMapFigure(LayerRows):
             "bottom",
             source=self.source,
             fill_color="color",
-            line_color=None,
+            line_color="color",
             nonselection_fill_alpha=0.35,
         )
         self._colors = LinearColorMapper(palette=list(theme.HEAT), low=0, high=1)
@@ -114,7 +116,7 @@ class HeatMapFigure(LayerRows):
             f"{self._value_name}, {len(rows)} layers{grouped}: largest {value[top]:.4g} at {where}{self._more_rows()}"
         )
 
-    def cells_at(self, indices) -> list[tuple[str, int, int]]:
+    def cells_at(self, indices: Iterable[int]) -> list[tuple[str, int, int]]:
         """(layer, first channel, last channel) of the cells at these source rows."""
         data = self.source.data
         return [(data["layer"][i], int(data["channel"][i]), int(data["last"][i])) for i in indices]

@@ -53,8 +53,9 @@ class HistogramFigure(Plot):
         self.levels = ColumnDataSource({"value": [], "count": [], "top": [], "base": []})
         self.grid = ColumnDataSource({"value": [], "base": []})
         self.error = ColumnDataSource({"clip": [], "error": []})
-        bars = figure.quad("left", "right", "top", "base", source=self.bins, fill_color=theme.FLOAT, line_color=None)
-        bars.glyph.fill_alpha = 0.6
+        bars = figure.quad(
+            "left", "right", "top", "base", source=self.bins, color=theme.FLOAT, alpha=0.75, line_width=0.5
+        )
         self._impulses = figure.segment(
             "value", "base", "value", "top", source=self.levels, line_color=theme.QUANTIZED, line_width=2
         )
@@ -63,7 +64,14 @@ class HistogramFigure(Plot):
             "value", "top", source=self.levels, mode="center", line_color=theme.QUANTIZED, line_width=1.5
         )
         ticks = figure.scatter(
-            "value", "base", source=self.grid, marker="dash", angle=np.pi / 2, size=9, line_color=theme.QUANTIZED
+            "value",
+            "base",
+            source=self.grid,
+            marker="dash",
+            angle=np.pi / 2,
+            size=9,
+            fill_color=None,
+            line_color=theme.QUANTIZED,
         )
         curve = figure.line(
             "clip",
@@ -157,6 +165,7 @@ class HistogramFigure(Plot):
             resizable="x",
             fill_alpha=0,
             line_color=theme.ORANGE,
+            line_alpha=1.0,
             line_width=2,
             line_dash="dashed",
             hover_line_color=theme.ORANGE,
@@ -175,7 +184,8 @@ class HistogramFigure(Plot):
         self.grid.data = {"value": grid, "base": np.full(len(grid), self._floor)}
         count = numbers(levels, "count", where) if "count" in levels.columns else np.empty(0)
         value, count = merged(value[: len(count)], count, DRAWN_LEVELS)
-        self._level_scale = bin_width / (float(np.median(np.diff(value))) if len(value) > 1 else bin_width)
+        step = float(np.median(np.diff(value))) if len(value) > 1 else 0.0
+        self._level_scale = bin_width / step if bin_width and step else 1.0
         self.levels.data = dict(value=value, count=count, **self._heights(count, self._level_scale))
         self._impulses.visible = self._heads.visible = len(value) <= IMPULSE_LEVELS
         self._steps.visible = not self._heads.visible
@@ -212,7 +222,7 @@ class HistogramFigure(Plot):
         parts = [f"{count.sum():,.0f} values"]
         if self.clip.visible:
             share = clipped_share(self.bins.data, self.clip.left, self.clip.right)
-            parts.append(f"range [{self.clip.left:.4g}, {self.clip.right:.4g}] clips {share:.3%}")
+            parts.append(f"range [{self.clip.left:.4g}, {self.clip.right:.4g}] clips {share:.2%}")
         self._say(": ".join([self._name, ", ".join(parts)]) if self._name else ", ".join(parts))
 
 

@@ -5,6 +5,7 @@ rows are shown; the rest is reached by dragging.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from bokeh.models import ColumnDataSource, FixedTicker, Legend, LegendItem, Range1d
 
@@ -13,7 +14,7 @@ from qlab.plots.plot import Plot
 
 SHOWN_ROWS = 30
 ROW_HEIGHT = 18
-NAME_LENGTH = 30
+NAME_LENGTH = 34
 
 
 class LayerRows(Plot):
@@ -25,7 +26,7 @@ class LayerRows(Plot):
         plot.select(["layer1.0.conv1"])
     """
 
-    def __init__(self, x_label: str, columns: Sequence[str], **options):
+    def __init__(self, x_label: str, columns: Sequence[str], **options: Any):
         figure = theme.new_figure(
             x_label, "", tools="ypan,ywheel_pan,tap,reset,save", y_range=Range1d(0.5, -0.5), **options
         )
@@ -33,7 +34,7 @@ class LayerRows(Plot):
         self.source = ColumnDataSource({column: [] for column in columns})
         self.layers: list[str] = []
         figure.ygrid.visible = False
-        figure.yaxis.major_tick_line_color = None
+        figure.yaxis.major_tick_in = figure.yaxis.major_tick_out = 0
         self._legend = Legend(items=[])
         theme.style_legend(self._legend)
         figure.add_layout(self._legend, "above")
@@ -54,8 +55,9 @@ class LayerRows(Plot):
             self.layers = list(layers)
             axis = self.figure.yaxis[0]
             axis.ticker = FixedTicker(ticks=list(range(len(layers))))
-            names = [theme.plain(theme.elide(layer, NAME_LENGTH)) for layer in layers]
+            names = [theme.plain(theme.elide(" ".join(layer.split()), NAME_LENGTH)) for layer in layers]
             axis.major_label_overrides = dict(enumerate(names))
+        self.figure.yaxis.visible = bool(layers)
         self.figure.y_range.bounds = (-0.7, max(len(layers), 1) - 0.3)
         theme.set_range(self.figure.y_range, max(shown, 1) - 0.4, -0.6)
         self.figure.height = 105 + ROW_HEIGHT * max(shown, 4)

@@ -31,7 +31,8 @@ def layered_layout(layers: Sequence[str], edges: Iterable[tuple[str, str]], *, f
     depth = _depths(parents, children)
     lane = _lanes(parents, depth)
     fold = fold or max(depth.values(), default=0) + 1
-    band_lows, band_highs = {}, {}
+    band_lows: dict[int, float] = {}
+    band_highs: dict[int, float] = {}
     for layer, level in depth.items():
         band = level // fold
         band_lows[band] = min(band_lows.get(band, 0.0), lane[layer])
@@ -76,7 +77,7 @@ def _lanes(parents: dict[str, list[str]], depth: dict[str, int]) -> dict[str, fl
     lane: dict[str, float] = {}
     for level in sorted(levels):
         wished = {layer: _mean([lane[parent] for parent in parents[layer]]) for layer in levels[level]}
-        ordered = sorted(levels[level], key=wished.get)
+        ordered = sorted(levels[level], key=lambda layer: wished[layer])
         middle, centre = (len(ordered) - 1) / 2, _mean(list(wished.values()))
         for i, layer in enumerate(ordered):
             lane[layer] = wished[layer] if len(ordered) == 1 else centre + i - middle

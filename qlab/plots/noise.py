@@ -1,5 +1,7 @@
 """The quantization noise of each layer in execution order: SQNR bars, the noisy ones marked."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 from bokeh.models import Span
@@ -84,14 +86,13 @@ class NoiseFigure(LayerRows):
                 theme.NEUTRAL if text == "not measured" else theme.SERIES[kinds.index(kind) % len(theme.SERIES)]
                 for text, kind in zip(verdict, tensor, strict=True)
             ],
-            "marker": [
-                _SIGNS.get(text, theme.MARKERS[kinds.index(kind) % 2])
-                for text, kind in zip(verdict, tensor, strict=True)
-            ],
+            "marker": [_sign(text, kinds.index(kind)) for text, kind in zip(verdict, tensor, strict=True)],
         }
         self._set_rows(list(rows))
         self.select(chosen)
-        self._set_legend([(kind or "all", [self._ends], tensor.index(kind)) for kind in kinds])
+        alike = list(zip(tensor, verdict, strict=True))
+        looks = [(", ".join(filter(None, look)) or "above", look) for look in product(kinds, ("", _below(self._limit)))]
+        self._set_legend([(name, [self._ends], alike.index(look)) for name, look in looks if look in alike])
         theme.set_range(self.figure.x_range, *theme.padded(min([0.0, *finite]), most, 0.03))
         if not layer:
             self._say("noise by layer", empty="No layer was measured: the analysis has no rows.")
@@ -102,7 +103,10 @@ class NoiseFigure(LayerRows):
         self._say(f"{noisy} of {len(rows)} layers below {self._limit:g} dB{low}{self._more_rows()}")
 
 
-_SIGNS = {"exact": "star", "not measured": "x"}
+def _sign(verdict: str, number: int) -> str:
+    if verdict.startswith("below"):
+        return ("triangle", "inverted_triangle")[number % 2]
+    return {"exact": "star", "not measured": "x"}.get(verdict, theme.MARKERS[number % 2])
 
 
 def _verdict(sqnr: float, limit: float) -> str:
@@ -110,4 +114,8 @@ def _verdict(sqnr: float, limit: float) -> str:
         return "not measured"
     if np.isposinf(sqnr):
         return "exact"
-    return f"below {limit:g} dB" if sqnr < limit else ""
+    return _below(limit) if sqnr < limit else ""
+
+
+def _below(limit: float) -> str:
+    return f"below {limit:g} dB"

@@ -7,13 +7,17 @@ host show. The live picture is the same `plot.figure` in a pane of `qlab.views` 
 
 import base64
 import html
+import textwrap
 from pathlib import Path
 
 from bokeh.models import Label, Node
+from bokeh.plotting import figure as BokehFigure
 
 from qlab.plots.picture import draw_svg
 from qlab.plots.report import Section, save_html
 from qlab.plots.theme import FONT, NEUTRAL, plain
+
+TITLE_LETTERS = 84
 
 
 class Plot:
@@ -23,7 +27,7 @@ class Plot:
     `headline` is the sentence in its title, which is also its label for screen readers and its one-line repr.
     """
 
-    def __init__(self, figure):
+    def __init__(self, figure: BokehFigure):
         self.figure = figure
         self.headline = ""
         middle = {axis: Node(target=figure, symbol="center") for axis in ("x", "y")}
@@ -44,7 +48,7 @@ class Plot:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.headline})"
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         # an <img> with a data URI passes JupyterLab's sanitizer in untrusted notebooks; inline <svg> is stripped there
         picture = base64.b64encode(self.to_svg().encode()).decode()
         alt = html.escape(self.headline, quote=True)
@@ -56,6 +60,6 @@ class Plot:
     def _say(self, headline: str, *, empty: str = "") -> None:
         """Set the title and the screen reader's label; `empty` is the sentence shown instead of data."""
         self.headline = " ".join(headline.split())
-        self.figure.title.text = plain(self.headline)
+        self.figure.title.text = plain("\n".join(textwrap.wrap(self.headline, TITLE_LETTERS)))
         self.figure.html_attributes = {"role": "figure", "aria-label": " ".join([self.headline, empty]).strip()}
         self._message.update(text=empty, visible=bool(empty))

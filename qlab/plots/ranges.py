@@ -30,7 +30,7 @@ class RangesFigure(Plot):
     `now.selected.indices` are the clicked bars; `channels_at(indices)` are their channels.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         figure = theme.new_figure("channel", "value", tools="xpan,xwheel_zoom,tap,reset,save")
         super().__init__(figure)
         columns = ("channel", "last", "min", "max", "low", "high", "left", "right", "middle")
@@ -88,9 +88,9 @@ class RangesFigure(Plot):
         first, last = self.now.data["left"].min(), self.now.data["right"].max()
         theme.set_range(self.figure.x_range, *theme.padded(first, last, 0.02))
         spread = range_spread(numbers(frame, "max", "weight_ranges") - numbers(frame, "min", "weight_ranges"))
-        was = f", {_spread_of(before):.3g}× before" if before is not None and len(before) else ""
+        was = f", {theme.times(_spread_of(before))} before" if before is not None and len(before) else ""
         grouped = f", in groups of {-(-count // GROUPS)}" if count > MOST_BARS else ""
-        text = f"{count} channels{grouped}, widest {spread:.3g}× the narrowest{was}"
+        text = f"{count} channels{grouped}, widest {theme.times(spread)} the narrowest{was}"
         self._say(f"{name}: {text}" if name else text)
 
     def channels_at(self, indices: list[int]) -> list[int]:

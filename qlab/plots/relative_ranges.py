@@ -83,10 +83,9 @@ class RelativeRangesFigure(LayerRows):
         frame = read_frame(frame, ("layer", "channel", "min", "max"), "relative_ranges")
         chosen = self.layers_at(self.source.selected.indices)
         widths = numbers(frame, "max", "relative_ranges") - numbers(frame, "min", "relative_ranges")
-        layer = np.array(texts(frame, "layer"), dtype=object)
-        names = list(dict.fromkeys(layer))
-        by_layer = pd.Series(widths).groupby(layer, sort=False)
-        rows = [_summary(by_layer.get_group(name).to_numpy()) for name in names]
+        by_layer = pd.DataFrame({"layer": texts(frame, "layer"), "width": widths}).groupby("layer", sort=False).width
+        names = [name for name, _ in by_layer]
+        rows = [_summary(group.to_numpy()) for _, group in by_layer]
         data = {
             column: np.array([row[i] for row in rows], dtype=float)
             for i, column in enumerate(("channels", "spread", *_COLUMNS[4:]))
@@ -121,7 +120,7 @@ class RelativeRangesFigure(LayerRows):
         worst = int(np.argmax(data["spread"]))
         self._say(
             f"{int(is_flagged.sum())} of {len(names)} layers differ by more than {self._threshold:g}×, "
-            f"most {theme.elide(names[worst], 40)} ({data['spread'][worst]:.3g}×){self._more_rows()}"
+            f"most {theme.elide(names[worst], 40)} ({theme.times(data['spread'][worst])}){self._more_rows()}"
         )
 
 

@@ -108,7 +108,7 @@ def table_html(frame: pd.DataFrame, *, digits: int = 4) -> str:
     return f'<div class="table" tabindex="0">{table}</div>'
 
 
-def _figure(item) -> Model | None:
+def _figure(item: object) -> Model | None:
     if isinstance(item, str | pd.DataFrame):
         return None
     figure = getattr(item, "figure", item)
@@ -117,7 +117,7 @@ def _figure(item) -> Model | None:
     return figure
 
 
-def _cell(value, digits: int) -> str:
+def _cell(value: object, digits: int) -> str:
     if value is None or value is pd.NA or value is pd.NaT:
         return "–"
     if isinstance(value, float | np.floating):
@@ -153,7 +153,8 @@ body { font: 14px/1.5 system-ui, sans-serif; background: var(--jp-layout-color0)
 h1 { font-size: 22px; } h2 { font-size: 17px; margin-top: 32px; } a { color: inherit; }
 .table { overflow: auto; max-height: 480px; margin: 12px 0; }
 table { border-collapse: collapse; font-size: 13px; } caption { text-align: left; font-weight: 600; }
-th, td { padding: 3px 10px; border-bottom: 1px solid var(--jp-border-color2); text-align: left; vertical-align: top; }
+th, td { overflow-wrap: break-word; max-width: 24em; padding: 3px 10px;
+  border-bottom: 1px solid var(--jp-border-color2); text-align: left; vertical-align: top; }
 th { position: sticky; top: 0; background: var(--jp-layout-color0); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 div.qlab-plot { margin: 12px 0; }

@@ -63,11 +63,18 @@ class SensitivityFigure(LayerRows):
             source=self.source,
             fill_color="color",
             line_color=None,
-            fill_alpha=0.75,
-            nonselection_fill_alpha=0.3,
+            fill_alpha=0.4,
+            nonselection_fill_alpha=0.15,
         )
-        whiskers = figure.segment(
-            "low", "row", "high", "row", source=self.source, line_color=theme.NEUTRAL, line_width=1.5
+        figure.segment(
+            "low",
+            "row",
+            "high",
+            "row",
+            source=self.source,
+            line_color="color",
+            line_width=2,
+            nonselection_line_alpha=0.3,
         )
         ends = figure.scatter(
             "end",
@@ -79,7 +86,7 @@ class SensitivityFigure(LayerRows):
             line_color="color",
             nonselection_alpha=0.3,
         )
-        self._ends, self._whiskers = ends, whiskers
+        self._ends = ends
         self._zero = Span(dimension="height", line_color=theme.NEUTRAL, line_width=1)
         figure.add_layout(self._zero)
         tips = [
@@ -104,7 +111,7 @@ class SensitivityFigure(LayerRows):
         damage: dict[str, float] = {}
         for name, difference in zip(layer, np.nan_to_num(abs(score - start), nan=-1.0), strict=True):
             damage[name] = max(damage.get(name, -1.0), difference)
-        rows = {name: row for row, name in enumerate(sorted(damage, key=damage.get, reverse=True))}
+        rows = {name: row for row, name in enumerate(sorted(damage, key=lambda name: damage[name], reverse=True))}
         slot, height = {name: i for i, name in enumerate(names)}, 0.8 / max(len(names), 1)
         top = np.array(
             [rows[name] - 0.4 + slot[kind] * height for name, kind in zip(layer, series, strict=True)], dtype=float
@@ -176,7 +183,7 @@ def _baseline(baseline: float | Mapping[str, float] | None, series: str, mode: s
             raise WrongColumns(
                 f"baseline has no value for series '{series}' or mode '{mode}'; it has {list(baseline)}."
             )
-        return float(baseline.get(series, baseline.get(mode)))
+        return float(baseline[series] if series in baseline else baseline[mode])
     return 0.0 if baseline is None else float(baseline)
 
 

@@ -2,15 +2,16 @@
 
 Okabe-Ito colours (float blue, quantized vermillion), cividis for heat, and a second sign (shape, hatch or text) beside
 every colour that carries meaning. Figures are transparent; BokehJS reads `--bk-*` variables when it paints, so a page
-that contains `STYLE` restyles them without touching the figure.
+that sets them (the panes do, and a report by `STYLE`) restyles figures without touching them.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-from bokeh.models import BasicTicker, FixedTicker, HoverTool, PlainText, Range1d
+from bokeh.models import Axis, BasicTicker, ColorBar, FixedTicker, HoverTool, Legend, PlainText, Range1d
 from bokeh.palettes import cividis
-from bokeh.plotting import figure as bokeh_figure
+from bokeh.plotting import figure as BokehFigure
 
 FLOAT = "#0072B2"
 QUANTIZED = "#D55E00"
@@ -28,12 +29,10 @@ WIDTH = 720
 HEIGHT = 300
 
 STYLE = """
-.qlab-plot, .qlab-bokeh {
-  --bk-outline-line-color: var(--jp-border-color2, #e0e0e0);
+.qlab-plot {
   --bk-grid-line-color: var(--jp-border-color2, #e0e0e0);
   --bk-axis-line-color: var(--jp-ui-font-color2, #616161);
   --bk-major-tick-line-color: var(--jp-ui-font-color2, #616161);
-  --bk-minor-tick-line-color: var(--jp-border-color1, #bdbdbd);
   --bk-major-label-text-color: var(--jp-ui-font-color1, #212121);
   --bk-axis-label-text-color: var(--jp-ui-font-color1, #212121);
   --bk-title-text-color: var(--jp-ui-font-color1, #212121);
@@ -44,8 +43,8 @@ _LEGEND_STYLE = ".bk-label { color: var(--jp-ui-font-color1, inherit) !important
 
 
 def new_figure(
-    x_label: str, y_label: str, *, tools: str = "xpan,xwheel_zoom,reset,save", height: int = HEIGHT, **options
-):
+    x_label: str, y_label: str, *, tools: str = "xpan,xwheel_zoom,reset,save", height: int = HEIGHT, **options: Any
+) -> BokehFigure:
     """Make an empty figure in qlab's look, as wide as its container up to `WIDTH` pixels.
 
     Ranges are explicit (`Range1d`), never measured in the browser, so that Python, the browser and the static picture
@@ -53,7 +52,7 @@ def new_figure(
     """
     options.setdefault("x_range", Range1d(0, 1))
     options.setdefault("y_range", Range1d(0, 1))
-    figure = bokeh_figure(
+    figure = BokehFigure(
         height=height,
         width=WIDTH,
         max_width=WIDTH,
@@ -67,6 +66,7 @@ def new_figure(
         border_fill_alpha=0,
         outline_line_color=None,
         css_classes=["qlab-plot"],
+        css_variables={"--bk-outline-line-color": "transparent", "--bk-minor-tick-line-color": "transparent"},
         min_border_right=12,
         lod_threshold=None,
         **options,
@@ -74,7 +74,7 @@ def new_figure(
     figure.toolbar.logo = None
     figure.toolbar.autohide = True
     figure.title.text_font = FONT
-    figure.title.text_font_size = "13px"
+    figure.title.text_font_size = "12px"
     figure.title.text_font_style = "bold"
     figure.title.text_color = NEUTRAL
     figure.grid.grid_line_alpha = 0.6
@@ -83,7 +83,7 @@ def new_figure(
     return figure
 
 
-def style_axis(axis) -> None:
+def style_axis(axis: Axis) -> None:
     """Give an axis qlab's fonts and neutral ink (changes it in place)."""
     axis.axis_label_text_font = axis.major_label_text_font = FONT
     axis.axis_label_text_font_style = "normal"
@@ -94,7 +94,7 @@ def style_axis(axis) -> None:
     axis.minor_tick_line_color = None
 
 
-def style_legend(legend, *, place: str = "center") -> None:
+def style_legend(legend: Legend, *, place: str = "center") -> None:
     """Lay a legend out in one transparent row that follows the page's text colour (changes it in place)."""
     legend.orientation = "horizontal"
     legend.location = place
@@ -108,27 +108,42 @@ def style_legend(legend, *, place: str = "center") -> None:
     legend.stylesheets = [_LEGEND_STYLE]
 
 
-def add_hover(figure, renderers: list, tooltips: list[tuple[str, str]]) -> None:
+def add_hover(figure: BokehFigure, renderers: list, tooltips: list[tuple[str, str]]) -> None:
     """Attach tooltips of `("label", "@column")` pairs; Bokeh escapes the values as long as no format is `{safe}`."""
     figure.add_tools(HoverTool(renderers=renderers, tooltips=tooltips, muted_policy="ignore"))
 
 
 def plain(text: str) -> str | PlainText:
     """Text that Bokeh draws as it stands: a name that looks like TeX (`$$x$$`) must not be typeset."""
-    text = " ".join(str(text).split())
     return PlainText(text=text) if any(sign in text for sign in ("$$", r"\(", r"\[")) else text
 
 
 def elide(text: str, length: int) -> str:
-    """Shorten a name in the middle, where dotted layer names differ least.
+    """Shorten a dotted name: its longest words first, since the numbers tell layers apart; else in the middle.
 
-    >>> elide("features.12.block.conv", 13)
-    'featur…k.conv'
+    >>> elide("encoder.layer.11.attention.query", 24)
+    'enc….lay….11.att….que…'
+    >>> elide("classifier", 7)
+    'cla…ier'
     """
     if len(text) <= length:
         return text
+    words = text.split(".")
+    for most in range(max(map(len, words)), 3, -1) if len(words) > 2 else ():
+        short = ".".join(word if len(word) <= most else word[: most - 1] + "…" for word in words)
+        if len(short) <= length:
+            return short
     head = (length - 1) // 2
     return text[:head] + "…" + text[len(text) - (length - 1 - head) :]
+
+
+def times(factor: float) -> str:
+    """Write a ratio for reading.
+
+    >>> times(8.874), times(4463.2)
+    ('8.87×', '4,463×')
+    """
+    return f"{factor:.3g}×" if factor < 100 else f"{factor:,.0f}×"
 
 
 def set_range(axis_range: Range1d, start: float, end: float) -> None:
@@ -159,7 +174,7 @@ def heat_colors(values: Iterable[float], low: float, high: float) -> list[str]:
     return [HEAT[i] if ok else NEUTRAL for i, ok in zip(index, np.isfinite(values), strict=True)]
 
 
-def log_ticks(axis, *, is_log: bool) -> None:
+def log_ticks(axis: Axis, *, is_log: bool) -> None:
     """Label an axis whose positions are log10 of a value with the value itself, or go back to plain numbers."""
     if is_log:
         axis.ticker = FixedTicker(ticks=list(range(-9, 13)))
@@ -180,7 +195,7 @@ def decade(exponent: int) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def style_color_bar(bar) -> None:
+def style_color_bar(bar: ColorBar) -> None:
     """Give a colour bar qlab's fonts and neutral ink (changes it in place)."""
     bar.title_text_font = bar.major_label_text_font = FONT
     bar.title_text_font_style = "normal"

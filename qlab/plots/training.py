@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 from bokeh.models import ColumnDataSource, Legend, LegendItem, LinearAxis, Range1d
+from bokeh.plotting import figure as BokehFigure
 
 from qlab.plots import theme
 from qlab.plots.columns import numbers, read_frame
@@ -85,7 +86,7 @@ class TrainingFigure(Plot):
 class RangeHistoryFigure(Plot):
     """The live band: source `steps` (step, low, high, clipped)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         figure = theme.new_figure("step", "range", extra_y_ranges={"clipped": Range1d(0, 1)})
         super().__init__(figure)
         self.steps = ColumnDataSource({"step": [], "low": [], "high": [], "clipped": []})
@@ -133,14 +134,14 @@ class RangeHistoryFigure(Plot):
         self._say(f"{name}: {text}" if name else text)
 
 
-def _right_axis(figure, range_name: str, label: str) -> LinearAxis:
+def _right_axis(figure: BokehFigure, range_name: str, label: str) -> LinearAxis:
     axis = LinearAxis(y_range_name=range_name, axis_label=label, visible=False)
     theme.style_axis(axis)
     figure.add_layout(axis, "right")
     return axis
 
 
-def _legend(figure) -> Legend:
+def _legend(figure: BokehFigure) -> Legend:
     legend = Legend(items=[])
     theme.style_legend(legend)
     figure.add_layout(legend, "above")
