@@ -1,4 +1,7 @@
-"""A tiny vision transformer for 32x32 digits, its attention written out so that each step is quantized and seen."""
+"""Two tiny transformers, their attention written out so that each step is quantized and seen.
+
+`vit` reads the 32x32 digits; `char_gpt` continues text, character by character.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +9,8 @@ from torch import Tensor, nn
 from qlab.examples.weights import load_weights
 
 CLASSES = 10
+CHARACTERS = 97  # printable ASCII, newline, and one for all others
+CONTEXT = 64
 
 
 def vit(pretrained: bool = True) -> nn.Module:
@@ -17,6 +22,14 @@ def vit(pretrained: bool = True) -> nn.Module:
     if pretrained:
         load_weights(model, "vit")
     return model.eval()
+
+
+def char_gpt() -> nn.Module:
+    """Untrained character GPT with 826,465 parameters; codes [N, up to 64] to logits [N, length, 97].
+
+    `qlab.examples.text.trained_char_gpt` trains one in three minutes.
+    """
+    return CharGPT()
 
 
 class VisionTransformer(nn.Module):
@@ -39,13 +52,29 @@ class VisionTransformer(nn.Module):
         return self.classifier(tokens[:, 0])
 
 
+class CharGPT(nn.Module):
+    """Character and position embeddings, four causal blocks, logits of the next character (Radford et al. 2019)."""
+
+    def __init__(self, width: int = 128, heads: int = 4, depth: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(CHARACTERS, width)
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(1, CONTEXT, width))
+        self.blocks = nn.Sequential(*(Block(width, heads, context=CONTEXT) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, CHARACTERS)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        tokens = self.embedding(codes) + self.position_embedding[:, : codes.shape[1]]
+        return self.head(self.norm(self.blocks(tokens)))
+
+
 class Block(nn.Module):
     """Attention, then a two-layer perceptron, each on normalised tokens and added to them."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, context: int | None = None) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, context)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Perceptron(width)
 
@@ -55,9 +84,9 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(width of a head)) v over all tokens, for each head."""
+    """softmax(q k^T / sqrt(width of a head)) v for each head, over all tokens; given a `context`, over the past."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, context: int | None = None) -> None:
         super().__init__()
         self.heads = heads
         self.scale = (width // heads) ** -0.5
@@ -66,11 +95,16 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.softmax = nn.Softmax(dim=-1)
         self.project = nn.Linear(width, width)
+        future = None if context is None else torch.ones(context, context, dtype=torch.bool).triu(1)
+        self.register_buffer("future", future, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         query, key, value = (self._split_heads(layer(tokens)) for layer in (self.query, self.key, self.value))
-        weights = self.softmax(torch.matmul(query, key.transpose(-2, -1)) * self.scale)
-        mixed = torch.matmul(weights, value)
+        scores = torch.matmul(query, key.transpose(-2, -1)) * self.scale
+        if self.future is not None:
+            length = tokens.shape[1]
+            scores = scores.masked_fill(self.future[:length, :length], float("-inf"))
+        mixed = torch.matmul(self.softmax(scores), value)
         return self.project(mixed.transpose(1, 2).flatten(2))
 
     def _split_heads(self, tokens: Tensor) -> Tensor:

@@ -14,10 +14,15 @@ NETWORKS = [qlab.examples.mobilenet, qlab.examples.resnet, qlab.examples.vit]
 
 @pytest.mark.parametrize(
     ("build", "parameters"),
-    [(qlab.examples.mobilenet, 68_442), (qlab.examples.resnet, 68_642), (qlab.examples.vit, 89_386)],
+    [
+        (qlab.examples.mobilenet, 68_442),
+        (qlab.examples.resnet, 68_642),
+        (qlab.examples.vit, 89_386),
+        (qlab.examples.char_gpt, 826_465),
+    ],
 )
 def test_number_of_parameters_is_the_documented_one(build: Callable[..., nn.Module], parameters: int):
-    assert sum(parameter.numel() for parameter in build(pretrained=False).parameters()) == parameters
+    assert sum(parameter.numel() for parameter in build().parameters()) == parameters
     assert f"{parameters:,}" in build.__doc__
 
 
