@@ -228,6 +228,7 @@ def _to_layers(
     kwargs: dict[str, Any],
 ) -> LayerGraph:
     _regroup(flat.graph, root)
+    _single_results(flat.graph)
     _adopt_constants(flat, root)
     names = _Names(root)
     layers: list[Layer] = []
@@ -311,6 +312,26 @@ def _regroup(graph: fx.Graph, root: nn.Module) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op in ("get_attr", "call_function") and not _has_effect(node):
             graph.erase_node(node)
+
+
+def _single_results(graph: fx.Graph) -> None:
+    """Changes the graph: BatchNorm written as a function returns its one tensor, as the user wrote it.
+
+    Export turns it into a call that returns two empty tensors beside; no one could place or fold that.
+    """
+    native = torch.ops.aten._native_batch_norm_legit_no_training.default
+    for node in [node for node in graph.nodes if node.op == "call_function" and node.target is native]:
+        x, weight, bias, mean, variance, momentum, eps = node.args
+        taken = list(node.users)
+        if len(taken) != 1 or taken[0].target is not operator.getitem or taken[0].args[1] != 0:
+            continue
+        args = (x, weight, bias, mean, variance, False, momentum, eps, False)
+        with graph.inserting_before(taken[0]):
+            call = graph.call_function(torch.ops.aten.batch_norm.default, args)
+        call.meta = dict(node.meta) | {"val": _value(taken[0])}
+        taken[0].replace_all_uses_with(call)
+        graph.erase_node(taken[0])
+        graph.erase_node(node)
 
 
 def _has_effect(node: fx.Node) -> bool:
