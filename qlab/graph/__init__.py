@@ -2,18 +2,22 @@
 
 from qlab.graph.capture import capture, example_arguments
 from qlab.graph.kinds import KNOWN_RANGES, SAME_GRID, WEIGHTED
-from qlab.graph.layer_graph import Layer, LayerGraph, call_layer, fill
+from qlab.graph.layer_graph import FoldedNorm, Layer, LayerGraph, call_layer, fill
+from qlab.graph.linear_form import LinearForm, linear_form
 from qlab.graph.replay import Replay
 
 __all__ = [
     "KNOWN_RANGES",
     "SAME_GRID",
     "WEIGHTED",
+    "FoldedNorm",
     "Layer",
     "LayerGraph",
+    "LinearForm",
     "Replay",
     "call_layer",
     "capture",
     "example_arguments",
     "fill",
+    "linear_form",
 ]

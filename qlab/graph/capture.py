@@ -43,7 +43,9 @@ def capture(model: nn.Module, example: Any, dynamic: Sequence[int] = ()) -> Laye
         reference = own(*_cloned(args), **_cloned(kwargs))
     _register_results(reference)
     program = _export(own, args, kwargs, dynamic)
-    flat = program.run_decompositions({}).module(check_guards=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flat = program.run_decompositions({}).module(check_guards=False)
     graph = _to_layers(own, flat, program, args, kwargs)
     _verify(graph, args, kwargs, reference)
     return graph
@@ -299,9 +301,10 @@ def _regroup(graph: fx.Graph, root: nn.Module) -> None:
                 calls[key, name].append(node)
     for (_, name), nodes in calls.items():
         group = set(nodes)
-        inputs = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in group and i.op != "get_attr")
+        outside = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in group and i.op != "get_attr")
+        inputs = [i for i in outside if not isinstance(_value(i), (int, torch.SymInt))]  # sizes come from the input
         outputs = [n for n in nodes if any(user not in group for user in n.users)]
-        if len(inputs) != 1 or len(outputs) != 1 or not isinstance(_value(next(iter(inputs))), Tensor):
+        if len(inputs) != 1 or len(outputs) != 1 or not isinstance(_value(inputs[0]), Tensor):
             continue
         with graph.inserting_before(outputs[0]):
             call = graph.create_node("call_module", name, tuple(inputs))

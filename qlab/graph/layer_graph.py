@@ -7,6 +7,7 @@ A `Layer` is one named step: a call of one of the user's modules, or of a functi
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -135,13 +136,21 @@ class Layer:
         return f"Layer({self.name!r}, {self.title}, from {[layer.name for layer in self.inputs]}{shape})"
 
 
+@dataclass(frozen=True, eq=False)
+class FoldedNorm:
+    """What a BatchNorm that was folded away knew of the values at its place: mean and standard deviation [C]."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
 class LayerGraph:
     """A model as layers in order of execution.
 
     root: the module that owns every parameter, under the user's names. in_spec, out_spec: how the user passes
     arguments and takes results. signature: the names of the model's positional parameters, of which the example gave
     the first `positional` by position and `keywords` by name. edits: structural changes since capture, as data (see
-    `replace_module`).
+    `replace_module`). folded: what folded BatchNorms knew, by the name of the layer that stands in their place.
     """
 
     def __init__(
@@ -164,6 +173,7 @@ class LayerGraph:
         self.positional = positional
         self.keywords = list(keywords)
         self.edits: list[tuple[str, str]] = []
+        self.folded: dict[str, FoldedNorm] = {}
         self.link()
 
     def link(self) -> None:

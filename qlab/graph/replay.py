@@ -32,6 +32,7 @@ class _Stored:
     inputs: list[Any]
     values: dict[int, Any] = field(default_factory=dict)  # layer index to value
     keys: dict[int, int] = field(default_factory=dict)  # layer index to the key its value belongs to
+    bypassed: bool = False  # the last request ran the whole graph without storing
 
 
 class Replay:
@@ -62,7 +63,6 @@ class Replay:
         self.counts = ReplayCounts()
         self._batches = [_Stored(list(batch)) for batch in batches]
         self._cost: list[float] = []
-        self._bypassed = False
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -103,10 +103,10 @@ class Replay:
         run = self._needed(stored, wanted, keys)
         bypass = False
         if commit and stored.values and self._share(run) > self.full_share:
-            bypass = not self._bypassed
-            self._bypassed = True
+            bypass = not stored.bypassed
+            stored.bypassed = True
         elif commit:
-            self._bypassed = False
+            stored.bypassed = False
         if bypass or (not commit and self._share(run) > self.full_share):
             run = self._needed(_Stored(stored.inputs), wanted, keys)
             self.counts.full_forwards += 1
