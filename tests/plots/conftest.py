@@ -81,12 +81,12 @@ def empty_plot(request: pytest.FixtureRequest) -> plots.Plot:
     return getattr(plots, request.param)(empty, *([empty] if request.param == "graph" else []))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def hostile() -> str:
     """A layer name that would run a script wherever it is not escaped."""
     return "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def all_plots() -> list[plots.Plot]:
     return [make(["conv1", "fc"]) for make in EXAMPLES.values()]
