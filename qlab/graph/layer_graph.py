@@ -61,6 +61,7 @@ class Layer:
         self.users: list[Layer] = []
         self.location = ""
         self.shape: tuple[int | None, ...] | None = None
+        self.example_shape: tuple[int, ...] | None = None  # of an input layer: the sizes it was captured with
         self.dtype: torch.dtype | None = None
 
     @property

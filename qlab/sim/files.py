@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlab.errors import InputError
+from qlab.graph import FoldedNorm
 from qlab.quantization import Encoding, Quantizer, QuantizerState, QuantSpec, Statistics
 from qlab.sim.presets import Preset
 
@@ -42,11 +43,15 @@ def save(sim: "QuantSim", path: str | os.PathLike[str]) -> None:
     for name, quantizer in sim.quantizers.items():
         assert isinstance(quantizer, Quantizer)
         quantizers[name] = _describe(quantizer.state(), f"quantizer.{name}", tensors)
+    for name, norm in sim.graph.folded.items():
+        tensors[f"folded.{name}.mean"] = norm.mean.cpu().contiguous()
+        tensors[f"folded.{name}.deviation"] = norm.deviation.cpu().contiguous()
     header = {
         "format": FORMAT,
         "preset": _preset_to_json(sim.preset),
         "quantizers": quantizers,
         "edits": sim.graph.edits,
+        "folded": list(sim.graph.folded),
         "aliases": aliases,
         "layers": [layer.name for layer in sim.graph],
     }
@@ -82,6 +87,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, example: Any, dynamic: 
         raise InputError(f"{path} was saved from another model: it differs at {odd!r}.")
     for name, kind in header["edits"]:
         sim.graph.replace_module(name, kind)
+    for name in header["folded"]:
+        sim.graph.folded[name] = FoldedNorm(tensors[f"folded.{name}.mean"], tensors[f"folded.{name}.deviation"])
     _load_model(sim.model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for name, quantizer in sim.quantizers.items():
         if name not in header["quantizers"]:

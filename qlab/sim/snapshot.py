@@ -30,7 +30,7 @@ class Snapshot:
             ]
             self._modules = dict(sim.model.named_modules(remove_duplicate=False))
             self._training = {name: module.training for name, module in self._modules.items()}
-            self._edits = list(sim.graph.edits)
+            self._edits, self._folded = list(sim.graph.edits), dict(sim.graph.folded)
 
     @property
     def bytes(self) -> int:
@@ -59,6 +59,7 @@ class Snapshot:
         for layer, module_, function, kind, args, kwargs in self._layers:
             layer.module, layer.function, layer.kind, layer.args, layer.kwargs = module_, function, kind, args, kwargs
         sim.graph.edits[:] = self._edits
+        sim.graph.folded = dict(self._folded)
         sim.graph.link()
         assert self._model is not None
         present = _tensors(sim.model)

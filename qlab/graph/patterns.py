@@ -1,0 +1,338 @@
+"""Patterns: layers that mix channels by a weight, and places where a factor a channel passes from one to the next.
+
+BatchNorm folding, cross-layer equalization and bias correction all ask the same two questions: what does a weight do
+to each channel, and which layer takes those channels next. `Kernel` answers the first for every kind of layer; `follow`
+and `links` answer the second.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from math import inf, prod
+
+import torch
+from torch import Tensor, nn
+
+from qlab.graph.layer_graph import Layer, LayerGraph
+from qlab.graph.linear_form import LinearForm, linear_form
+
+HOMOGENEOUS = frozenset({"relu", "prelu", "leaky_relu", "identity", "dropout"})
+"""Kinds with f(s x) = s f(x) for every positive s, element by element."""
+
+_POOLING = frozenset({"max_pool", "avg_pool", "upsample_nearest", "interpolate", "zero_pad"})  # channels stay on axis 1
+_ROW_MAJOR = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"})
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A layer that mixes channels by a weight: convolution, transposed convolution or linear, module or function.
+
+    Its weight is seen as [groups, outputs, inputs, positions], outputs and inputs counted within a group, so that
+    channel o of the output is at [o // outputs, o % outputs].
+    """
+
+    layer: Layer
+    form: LinearForm
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return self.layer.name
+
+    @property
+    def source(self) -> Layer:
+        """The layer whose value it takes."""
+        return self.layer.args[self.form.operand]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The float weight, in its own layout."""
+        owner, attribute, _ = self.layer.weight_source  # type: ignore[misc]
+        return getattr(owner, attribute)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The float bias [outputs of all groups], None where there is none."""
+        if self.layer.module is not None:
+            return self.layer.module.bias  # type: ignore[return-value]
+        operand = self._bias_operand
+        return None if operand is None else getattr(operand.owner, operand.attribute)
+
+    @property
+    def can_take_bias(self) -> bool:
+        """Whether there is a bias, or one can be added."""
+        return self.layer.module is not None or self._bias_operand is not None
+
+    @property
+    def outputs(self) -> int:
+        """The number of output channels."""
+        return self.form.groups * self.form.outputs
+
+    @property
+    def inputs(self) -> int:
+        """The number of input channels."""
+        return self.form.groups * (self.form.inputs // self._positions)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether every output channel comes from one input channel of its own."""
+        return self.form.groups > 1 and self.form.outputs == 1 and self.inputs == self.form.groups
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of output channels: 1 for convolutions, the last one for linear layers."""
+        return 1 if self.form.windows is not None else len(self.layer.shape or ()) - 1
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        """Whether it sees zeros around its input; also every transposed convolution, which spreads it with zeros."""
+        windows = self.form.windows
+        if windows is None:
+            return False
+        return windows.transposed or (windows.mode == "constant" and any(map(any, windows.padding)))
+
+    def grouped(self) -> Tensor:
+        """A float64 copy of the weight as [groups, outputs, inputs, positions]."""
+        matrix = self.form.matrix(self.weight.detach().double())
+        return matrix.reshape(*matrix.shape[:2], -1, self._positions)
+
+    def factors(self, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Tensor:
+        """Factors a channel, [outputs] and [inputs], as one factor an entry of the weight, in its own layout."""
+        form = self.form
+        shape = (form.groups, form.outputs, form.inputs // self._positions, self._positions)
+        found = torch.ones(shape, dtype=torch.float64, device=self.weight.device)
+        if outputs is not None:
+            found = found * outputs.double().view(form.groups, -1, 1, 1)
+        if inputs is not None:
+            found = found * inputs.double().view(form.groups, 1, -1, 1)
+        return form.weight(found.reshape(form.groups, form.outputs, form.inputs), self.weight.shape)
+
+    def response(self, values: Tensor) -> Tensor:
+        """What a constant input, `values` [inputs], adds to each output channel away from borders: [outputs]."""
+        return torch.einsum("goip,gi->go", self.grouped(), values.double().view(self.form.groups, -1)).reshape(-1)
+
+    @torch.no_grad()
+    def shift_bias(self, shift: Tensor) -> None:
+        """Changes the layer: adds `shift` [outputs] to its bias, which is created where there is none."""
+        if self.bias is not None:
+            self.bias.copy_(self.bias.double() + shift)
+            return
+        weight = self.weight
+        bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
+        self.layer.module.bias = bias  # type: ignore[union-attr,assignment]
+
+    @property
+    def _positions(self) -> int:
+        return prod(self.form.windows.kernel) if self.form.windows is not None else 1
+
+    @property
+    def _bias_operand(self) -> Layer | None:
+        position = 0 if self.layer.function_name == "addmm" else 2
+        operand = self.layer.args[position] if len(self.layer.args) > position else None
+        return operand if isinstance(operand, Layer) and operand.owner is not None else None
+
+
+def kernel_of(layer: Layer) -> Kernel | None:
+    """The layer as a kernel, None where it is none or its weight is no parameter of one matrix."""
+    source = layer.weight_source
+    if source is None or source[1] not in source[0]._parameters or layer.function_name in ("bmm", "convolution"):
+        return None
+    form = linear_form(layer)
+    if form is None or (form.windows is None and form.groups > 1):
+        return None
+    operand = layer.args[form.operand] if len(layer.args) > form.operand else None
+    return Kernel(layer, form) if isinstance(operand, Layer) and operand.owner is None else None
+
+
+class Uses:
+    """How many layers of a graph use each parameter, and who takes each layer's value."""
+
+    def __init__(self, graph: LayerGraph) -> None:
+        self._results = {id(output) for output in graph.outputs}
+        self._parameters: Counter[int] = Counter()
+        for layer in graph:
+            if layer.module is not None:
+                self._parameters.update(id(p) for p in layer.module._parameters.values() if p is not None)
+            for source in layer.inputs:
+                if source.owner is not None:
+                    self._parameters[id(getattr(source.owner, source.attribute))] += 1
+
+    def sharing(self, kernel: Kernel) -> str:
+        """Why the kernel's weight and bias cannot change for its own sake; '' where nothing else uses them."""
+        for part, parameter in (("weight", kernel.weight), ("bias", kernel.bias)):
+            if parameter is not None and self._parameters[id(parameter)] > 1:
+                return f"the {part} of {kernel.name!r} is used {self._parameters[id(parameter)]} times"
+        return ""
+
+    def only_user(self, layer: Layer) -> "Layer | str":
+        """The one layer that takes the layer's value, or why there is no such one."""
+        if id(layer) in self._results:
+            return f"{layer.name!r} is a result of the model"
+        users = [user for user in layer.users if user.kind != "size"]
+        if len(users) != 1:
+            return f"{len(users) or 'no'} layers take {layer.name!r}"
+        return users[0]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two kernels with layers between that let a positive factor a channel pass.
+
+    first, second: channel c of the first one's output is input channel c of the second, or its `repeat` inputs from
+    c * repeat on where a flatten stands between. between: the layers passed, in order. clipped: those among them that
+    cut at an upper bound (ReLU6): factors pass only when they are replaced by ReLU.
+    """
+
+    first: Kernel
+    second: Kernel
+    between: tuple[Layer, ...]
+    repeat: int = 1
+    clipped: tuple[Layer, ...] = ()
+
+
+def links(graph: LayerGraph) -> "tuple[list[Link], dict[str, str]]":
+    """Every link in order of execution, and for each kernel without one what stands in the way."""
+    uses, found, reasons = Uses(graph), [], {}
+    for layer in graph:
+        kernel = kernel_of(layer)
+        if kernel is None:
+            continue
+        link = follow(uses, kernel)
+        if isinstance(link, Link):
+            found.append(link)
+        else:
+            reasons[kernel.name] = link
+    return found, reasons
+
+
+def follow(uses: Uses, first: Kernel) -> "Link | str":
+    """The link from `first` to the kernel that takes its channels, or what stands in the way."""
+    if reason := uses.sharing(first):
+        return reason
+    return follow_from(uses, first.layer, first, first.channel_axis)
+
+
+def follow_from(uses: Uses, start: Layer, first: Kernel, axis: int) -> "Link | str":
+    """As `follow`, from the layer `start` whose channels lie on `axis`."""
+    current, repeat = start, 1
+    between: list[Layer] = []
+    clipped: list[Layer] = []
+    while True:
+        user = uses.only_user(current)
+        if isinstance(user, str):
+            return user
+        second = kernel_of(user)
+        if second is not None:
+            fits = second.source is current and _takes(second, current, axis, repeat)
+            reason = uses.sharing(second) if fits else f"{second.name!r} takes other channels"
+            return reason or Link(first, second, tuple(between), repeat, tuple(clipped))
+        passed = _passes(user, current, axis, repeat)
+        if passed is None:
+            return f"{user.name!r} ({user.title}) follows"
+        axis, repeat = passed
+        if user.kind in ("clip", "relu6") and upper_bound(user) != inf:
+            clipped.append(user)
+        between.append(user)
+        current = user
+
+
+def runs(found: list[Link]) -> list[list[Link]]:
+    """Links joined through depthwise kernels, whose one range a channel both sides share: at least one link each."""
+    following = {link.first.name: link for link in found}
+    led_to = {link.second.name for link in found}
+    joined = []
+    for link in found:
+        if link.first.is_depthwise and link.first.name in led_to:
+            continue
+        run = [link]
+        while run[-1].second.is_depthwise and run[-1].second.name in following:
+            run.append(following[run[-1].second.name])
+        joined.append(run)
+    return joined
+
+
+def upper_bound(layer: Layer) -> float | None:
+    """Where a layer that clips at 0 from below clips from above (inf: nowhere); None where it clips otherwise."""
+    if layer.module is not None:
+        low, high = getattr(layer.module, "min_val", None), getattr(layer.module, "max_val", None)
+    elif layer.function_name == "relu6":
+        low, high = 0.0, 6.0
+    else:
+        given = [*layer.args[1:], None, None]
+        low, high = {
+            "hardtanh": (given[0] if given[0] is not None else -1.0, given[1] if given[1] is not None else 1.0),
+            "clamp": (layer.kwargs.get("min", given[0]), layer.kwargs.get("max", given[1])),
+            "clamp_min": (given[0], None),
+        }.get(layer.function_name, (None, None))
+    high = inf if high is None else high
+    plain = isinstance(low, (int, float)) and isinstance(high, (int, float))
+    return float(high) if plain and low == 0 and high > 0 else None
+
+
+def _takes(kernel: Kernel, source: Layer, axis: int, repeat: int) -> bool:
+    """Whether the kernel's input channels are those on `axis` of `source`, `repeat` of them a channel."""
+    rank = len(source.shape or ())
+    if kernel.form.windows is not None:
+        return axis == 1 and repeat == 1 and rank == len(kernel.form.windows.kernel) + 2
+    return axis == rank - 1
+
+
+def _passes(layer: Layer, source: Layer, axis: int, repeat: int) -> tuple[int, int] | None:
+    """(axis, repeat) after `layer`, None where a factor a channel does not pass it."""
+    before, after = source.shape, layer.shape
+    if before is None or after is None or not layer.args or layer.args[0] is not source:
+        return None
+    if layer.kind in HOMOGENEOUS:
+        return axis, repeat
+    if layer.kind in ("clip", "relu6"):
+        return (axis, repeat) if upper_bound(layer) is not None else None
+    if layer.kind in _POOLING:
+        spatial = axis == 1 and repeat == 1 and len(before) > 2 and before[:2] == after[:2]
+        return (axis, repeat) if spatial and _pads_with_nothing(layer) else None
+    if layer.kind == "mean":
+        return _after_mean(layer, axis, repeat, len(before))
+    if layer.kind == "transpose":
+        return _after_transpose(layer, axis, repeat, len(before))
+    if layer.kind == "reshape" and (isinstance(layer.module, nn.Flatten) or layer.function_name in _ROW_MAJOR):
+        return _after_reshape(before, after, axis, repeat)
+    return None
+
+
+def _pads_with_nothing(layer: Layer) -> bool:
+    """Whether padding, if the layer pads, is by zeros or by values of the input."""
+    value = layer.args[3] if len(layer.args) > 3 and layer.function_name == "pad" else None
+    if layer.function_name == "constant_pad_nd" and len(layer.args) > 2:
+        value = layer.args[2]
+    return layer.kind != "zero_pad" or value in (None, 0)
+
+
+def _after_mean(layer: Layer, axis: int, repeat: int, rank: int) -> tuple[int, int] | None:
+    axes = layer.args[1] if len(layer.args) > 1 else None
+    if not isinstance(axes, (list, tuple)) or axis in (gone := [a % rank for a in axes]):
+        return None
+    keeps = layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("keepdim", False)
+    return axis - (0 if keeps else sum(a < axis for a in gone)), repeat
+
+
+def _after_transpose(layer: Layer, axis: int, repeat: int, rank: int) -> tuple[int, int] | None:
+    if layer.function_name == "permute":
+        return [a % rank for a in layer.args[1]].index(axis), repeat
+    if layer.function_name == "transpose":
+        a, b = (value % rank for value in layer.args[1:3])
+        return {a: b, b: a}.get(axis, axis), repeat
+    return None
+
+
+def _after_reshape(
+    before: tuple[int | None, ...], after: tuple[int | None, ...], axis: int, repeat: int
+) -> tuple[int, int] | None:
+    """A row-major reshape that leaves the axes up to the channels alone, or joins all from the channels on."""
+    free = [i for i, size in enumerate(before) if size is None]
+    if free not in ([], [0]) or free != [i for i, size in enumerate(after) if size is None]:
+        return None
+    if prod(size or 1 for size in before) != prod(size or 1 for size in after):
+        return None  # batches are split or joined
+    if after[: axis + 1] == before[: axis + 1]:
+        return axis, repeat
+    if len(after) == axis + 1 and after[:axis] == before[:axis]:
+        return axis, repeat * prod(size or 1 for size in before[axis + 1 :])
+    return None
