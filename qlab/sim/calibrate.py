@@ -56,15 +56,10 @@ def collect_statistics(sim: "QuantSim", batches: Batches, progress: Progress) ->
                 ) from None
         return value
 
-    training = sim.training
-    sim.eval()
-    try:
-        with torch.no_grad():
-            for number, batch in enumerate(batches):
-                progress.step(number, len(batches), f"batch {number}")
-                sim.graph.run(sim.inputs(batch), call)
-            if not number and all(s.is_empty for s in statistics.values()):
-                raise InputError("calibration needs at least one batch; the iterable was empty.")
-    finally:
-        sim.train(training)
+    with sim.evaluating(), torch.no_grad():
+        for number, batch in enumerate(batches):
+            progress.step(number, len(batches), f"batch {number}")
+            sim.graph.run(sim.inputs(batch), call)
+        if not number and all(s.is_empty for s in statistics.values()):
+            raise InputError("calibration needs at least one batch; the iterable was empty.")
     return statistics

@@ -175,6 +175,17 @@ class QuantSim(nn.Module):
         finally:
             self.quantization_enabled = before
 
+    @contextmanager
+    def evaluating(self) -> Iterator["QuantSim"]:
+        """Within the context every module is in eval mode; afterwards each is in the mode it had."""
+        before = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            yield self
+        finally:
+            for module, training in before.items():
+                module.training = training
+
     # Execution --------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -345,14 +356,14 @@ class _Step:
         bias, weight = module.bias, self.weight
         assert weight is not None
         if not weight.enabled:
-            return bias  # type: ignore[return-value]
+            return bias
         if weight.bias_correction is not None:
             bias = weight.bias_correction if bias is None else bias + weight.bias_correction
         if bias is None or self.input is None or not self.input.enabled or self.input.encoding is None:
-            return bias  # type: ignore[return-value]
+            return bias
         scale = self.input.encoding.scale * weight.required_encoding().scale
         if scale.dim() > 1:  # blocks have no single scale a channel: the target keeps such a bias in float
-            return bias  # type: ignore[return-value]
+            return bias
         # float64: an int32 bias has more digits than float32
         return bias + ((bias / scale.double()).round() * scale.double() - bias).detach().to(bias.dtype)
 
@@ -386,7 +397,7 @@ def _functional(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[s
     assert step.weight is not None
     replaced = {"weight": step.weight.quantized()}
     if isinstance(getattr(module, "bias", None), Tensor):
-        replaced["bias"] = step.bias(module)  # type: ignore[assignment]
+        replaced["bias"] = step.bias(module)
     return functional_call(module, replaced, args, kwargs)
 
 
@@ -396,7 +407,7 @@ def _conv(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _linear(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return F.linear(args[0], step.weight.quantized(), step.bias(layer.module))  # type: ignore[union-attr,arg-type]
+    return F.linear(args[0], step.weight.quantized(), step.bias(layer.module))
 
 
 _WITH_WEIGHT: dict[type[nn.Module], Callable[..., Any]] = {
