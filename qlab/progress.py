@@ -1,7 +1,7 @@
 """How long work reports itself and how it is cancelled: one small protocol, known by every layer of qlab."""
 
 import threading
-from typing import Protocol
+from typing import Any, Protocol
 
 from qlab.errors import Cancelled
 
@@ -48,7 +48,7 @@ class Bar:
 
     def __init__(self, title: str = "") -> None:
         self.title = title
-        self._bar = None
+        self._bar: Any = None
 
     def step(self, done: int, total: int, text: str = "") -> None:
         """Move the bar to `done` of `total`."""

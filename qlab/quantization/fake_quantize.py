@@ -73,7 +73,7 @@ def _flat(x: Tensor) -> Tensor | None:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, zero_point, qmin, qmax):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x, scale, zero_point, qmin, qmax):  # type: ignore[no-untyped-def]
         levels = (x.float() / scale).round_()
         low, high = qmin - zero_point.round(), qmax - zero_point.round()
         clamped = torch.clamp(levels, low, high)
@@ -84,7 +84,7 @@ class _FakeQuantize(torch.autograd.Function):
         return clamped.mul_(scale).to(x.dtype) if not learned else (clamped * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         inside, *rest = ctx.saved_tensors
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
         grad_scale = grad_zero_point = None

@@ -287,7 +287,7 @@ class Quantizer(nn.Module):
             self._statistics = before
             raise
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def,override]
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         for name in self._buffers:
             value = state_dict.get(prefix + name)
             if value is not None and (getattr(self, name) is None or getattr(self, name).shape != value.shape):

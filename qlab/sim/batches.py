@@ -18,7 +18,8 @@ class Batches:
 
     def __init__(self, batches: Any) -> None:
         if isinstance(batches, Batches):
-            batches = batches._source
+            self._source: Any = batches._source
+            return
         if isinstance(batches, (Tensor, Mapping)):
             batches = [batches]
         if not isinstance(batches, Iterable):
@@ -34,7 +35,7 @@ class Batches:
     def __len__(self) -> int:
         """The number of batches; 0 where the iterable does not know."""
         try:
-            return len(self._source)  # type: ignore[arg-type]
+            return len(self._source)
         except TypeError:
             return 0
 
