@@ -47,6 +47,8 @@ def capture(model: nn.Module, example: Any, dynamic: Sequence[int] = ()) -> Laye
         warnings.simplefilter("ignore")
         flat = program.run_decompositions({}).module(check_guards=False)
     graph = _to_layers(own, flat, program, args, kwargs)
+    for layer, value in zip(graph.input_layers, pytree.tree_leaves((args, kwargs)), strict=True):
+        layer.example_shape = tuple(value.shape) if isinstance(value, Tensor) else None
     _verify(graph, args, kwargs, reference)
     return graph
 
@@ -117,7 +119,7 @@ def _copy(model: nn.Module) -> nn.Module:
         raise CaptureError(f"the model cannot be deep-copied ({error}); qlab works on a copy only.") from error
     for module in own.modules():
         if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]
+            module.inplace = False
     for parameter in own.parameters():
         parameter.grad = None
     return own
