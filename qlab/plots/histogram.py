@@ -53,9 +53,8 @@ class HistogramFigure(Plot):
         self.levels = ColumnDataSource({"value": [], "count": [], "top": [], "base": []})
         self.grid = ColumnDataSource({"value": [], "base": []})
         self.error = ColumnDataSource({"clip": [], "error": []})
-        bars = figure.quad(
-            "left", "right", "top", "base", source=self.bins, color=theme.FLOAT, alpha=0.75, line_width=0.5
-        )
+        bars = figure.quad("left", "right", "top", "base", source=self.bins, color=theme.FLOAT, alpha=0.75)
+        self._bars = bars.glyph
         self._impulses = figure.segment(
             "value", "base", "value", "top", source=self.levels, line_color=theme.QUANTIZED, line_width=2
         )
@@ -113,7 +112,9 @@ class HistogramFigure(Plot):
         frame = read_frame(frame, ("left", "right", "count"), "histogram")
         left, right, count = (numbers(frame, column, "histogram") for column in ("left", "right", "count"))
         self._name = name
-        self._set_levels(levels, float(np.median(right - left)) if len(left) else 1.0)
+        bin_width = float(np.median(right - left)) if len(left) else 1.0
+        self._bars.line_color = None if bin_width else theme.FLOAT  # a constant's bin has an outline only
+        self._set_levels(levels, bin_width)
         self._set_error(error)
         self.bins.data = dict(left=left, right=right, count=count, **self._heights(count, 1.0))
         self._set_top()

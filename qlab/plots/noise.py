@@ -91,7 +91,10 @@ class NoiseFigure(LayerRows):
         self._set_rows(list(rows))
         self.select(chosen)
         alike = list(zip(tensor, verdict, strict=True))
-        looks = [(", ".join(filter(None, look)) or "above", look) for look in product(kinds, ("", _below(self._limit)))]
+        looks = [
+            (", ".join(filter(None, look)) or f"{self._limit:g} dB or more", look)
+            for look in product(kinds, ("", _below(self._limit)))
+        ]
         self._set_legend([(name, [self._ends], alike.index(look)) for name, look in looks if look in alike])
         theme.set_range(self.figure.x_range, *theme.padded(min([0.0, *finite]), most, 0.03))
         if not layer:
