@@ -58,8 +58,13 @@ def save_html(path: str | Path, title: str, sections: Sequence[Section]) -> Path
 
 
 def render_html(title: str, sections: Sequence[Section]) -> str:
-    """Return the page as text."""
+    """Return the page as text; figures that are live in a pane stay so.
+
+    Raises ValueError if one figure is to stand in two places: a Bokeh model is drawn once in a document.
+    """
     figures = [figure for section in sections for item in section.content if (figure := _figure(item)) is not None]
+    if len({figure.id for figure in figures}) < len(figures):
+        raise ValueError("a figure stands twice in this page: build a second one from the same data.")
     script, places = components(tuple(figures), wrap_script=False) if figures else ("", ())
     library = Resources(mode="inline", components=["bokeh"]).render() if figures else ""
     places = iter(places)

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from bokeh.document import Document
 from bokeh.plotting import figure
 
 from qlab import plots
@@ -98,6 +99,21 @@ def test_a_page_without_figures_carries_no_library(tmp_path):
 def test_a_plain_bokeh_figure_can_stand_in_a_section(tmp_path):
     path = plots.save_html(tmp_path / "x.html", "t", [plots.Section("", (figure(title="plain words"),))])
     assert "plain words" in path.read_text()
+
+
+def test_saving_a_live_figure_leaves_it_in_its_document(all_plots, tmp_path):
+    live = plots.noise(pd.DataFrame({"layer": ["a"], "sqnr": [1.0]}))
+    document = Document()
+    document.add_root(live.figure)
+    page = Page(plots.save_html(tmp_path / "x.html", "t", [plots.Section("", (live, all_plots[0]))]).read_text())
+    assert sum(attrs.get("class") == "qlab-plot" for _, attrs in page.tags) == 2
+    assert live.figure.document is document
+    assert document.roots == [live.figure]
+
+
+def test_a_figure_that_stands_twice_is_refused(all_plots, tmp_path):
+    with pytest.raises(ValueError, match="stands twice"):
+        plots.save_html(tmp_path / "x.html", "t", [plots.Section("", (all_plots[0], all_plots[0]))])
 
 
 def test_a_failure_leaves_the_old_page_and_nothing_else(tmp_path, monkeypatch):
