@@ -2,7 +2,8 @@
 
 from qlab.quantization.encoding import Encoding
 from qlab.quantization.fake_quantize import dequantize, fake_quantize, fake_quantize_, quantize
-from qlab.quantization.quantizer import Quantizer, QuantizerState, WeightQuantizer
+from qlab.quantization.learned_range import LearnedRange
+from qlab.quantization.quantizer import Quantizer, QuantizerState
 from qlab.quantization.ranges import encoding_of_range, error_of_range, find_encoding
 from qlab.quantization.spec import (
     PER_CHANNEL,
@@ -16,6 +17,7 @@ from qlab.quantization.spec import (
     per_block,
 )
 from qlab.quantization.statistics import Sample, Statistics
+from qlab.quantization.weight_quantizer import WeightQuantizer
 
 __all__ = [
     "PER_CHANNEL",
@@ -24,6 +26,7 @@ __all__ = [
     "SCHEME_NAMES",
     "Encoding",
     "Granularity",
+    "LearnedRange",
     "QuantSpec",
     "Quantizer",
     "QuantizerState",

@@ -1,0 +1,212 @@
+"""WeightQuantizer: the quantizer of one parameter.
+
+It reads its range from the weight itself, and keeps the quantized weight until weight or encoding change.
+"""
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlab.errors import SpecError
+from qlab.quantization.encoding import Encoding
+from qlab.quantization.fake_quantize import dequantize, fake_quantize
+from qlab.quantization.quantizer import Quantizer, QuantizerState
+from qlab.quantization.ranges import find_encoding
+from qlab.quantization.spec import QuantSpec, Scheme
+from qlab.quantization.statistics import Sample, Statistics
+
+
+class WeightQuantizer(Quantizer):
+    """Quantizes one parameter, read as `getattr(owner, attribute)`; `axis` is its output channel axis.
+
+    The range is found from the weight itself, exactly, whenever the weight has changed, unless frozen. `rounding`
+    holds integers chosen by a rounding technique in place of rounding to nearest; they count only as long as weight
+    and encoding are the ones they were chosen for. `bias_correction` [C] is added to the layer's bias while the weight
+    is quantized, so that the float model stays what it was.
+    """
+
+    bias_correction: Tensor | None
+
+    def __init__(self, spec: QuantSpec, name: str, owner: nn.Module, attribute: str, axis: int = 0) -> None:
+        super().__init__(spec, name, axis)
+        object.__setattr__(self, "owner", owner)  # not a child: the model owns its module
+        self.attribute = attribute
+        self.register_buffer("bias_correction", None)
+        self._fitted: tuple[int, int] | None = None
+        self._rounding: tuple[Tensor, Encoding, tuple[int, int]] | None = None
+        self._cache: tuple[object, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight."""
+        return getattr(self.owner, self.attribute)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Statistics of the weight as it is now, one histogram a channel."""
+        statistics = Statistics(self.axis, histogram_per_channel=True)
+        statistics.update(self.weight)
+        return statistics
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """The grid in force; found from the weight when that has changed."""
+        self._keep_up()
+        return Quantizer.encoding.fget(self)  # type: ignore[attr-defined]
+
+    @encoding.setter
+    def encoding(self, encoding: Encoding | None) -> None:
+        Quantizer.encoding.fset(self, encoding)  # type: ignore[attr-defined]
+
+    @property
+    def rounding(self) -> Tensor | None:
+        """Integers (int32, shaped as the weight) chosen by a rounding technique, None where rounding is to nearest."""
+        return self._rounding[0] if self._rounding is not None and self._rounding_counts() else None
+
+    def set_bias_correction(self, correction: Tensor | None) -> None:
+        """Adds `correction` [C] to the layer's bias while the weight is quantized; None takes it away."""
+        self.bias_correction = None if correction is None else correction.detach().clone()
+        self.version += 1
+
+    @property
+    def rounding_is_stale(self) -> bool:
+        """Whether a rounding was chosen but weight or encoding have changed since: it is not used any more."""
+        return self._rounding is not None and not self._rounding_counts()
+
+    def set_rounding(self, codes: Tensor | None) -> None:
+        """Uses these integers (shaped as the weight, on the grid) for the weight as it is now; freezes the encoding."""
+        encoding = self.required_encoding()
+        if codes is None:
+            self._rounding = None
+        else:
+            codes = codes.detach().to(torch.int32)
+            if codes.shape != self.weight.shape or int(codes.min()) < encoding.qmin or int(codes.max()) > encoding.qmax:
+                raise SpecError(
+                    f"rounding of {self.name!r} must have shape {tuple(self.weight.shape)} and lie in "
+                    f"[{encoding.qmin}, {encoding.qmax}]."
+                )
+            self._rounding = (codes, encoding, self._fingerprint())
+            self._frozen = True
+        self._cache = None
+        self.version += 1
+
+    def state(self) -> QuantizerState:
+        """A copy of everything the quantizer knows."""
+        return replace(
+            super().state(),
+            fitted=self._fitted == self._fingerprint(),
+            codes=self.rounding,
+            bias_correction=None if self.bias_correction is None else self.bias_correction.clone(),
+        )
+
+    def set_state(self, state: QuantizerState) -> None:
+        """Changes the quantizer to what `state` says of the weight as it is now."""
+        super().set_state(state)
+        self._fitted = self._fingerprint() if state.fitted else None
+        self._cache = self._rounding = None
+        if state.codes is not None and state.encoding is not None:
+            self._rounding = (state.codes, state.encoding, self._fingerprint())
+        self.bias_correction = state.bias_correction
+
+    def refresh(self) -> None:
+        """Finds the encoding again from the weight; a frozen one stays."""
+        if self._frozen or not hasattr(self, "owner"):
+            return
+        self._fitted = self._fingerprint()
+        weight, spec = self.weight.detach(), self._spec
+        if not bool(torch.isfinite(weight).all()):
+            raise SpecError(f"the weight of {self.name!r} holds NaN or infinity; it has no grid.")
+        rows = weight.cpu().movedim(self.axis, 0).reshape(weight.shape[self.axis], -1)
+        if spec.granularity.kind == "per_tensor":
+            found = find_encoding(Sample.of_rows(rows.reshape(1, -1)), spec)
+        elif spec.granularity.kind == "per_channel" or weight.dim() < 2:
+            found = find_encoding(Sample.of_rows(rows), spec, self.axis)
+        else:
+            found = self._per_block(weight, spec)
+        self.encoding = found.to(weight.device)
+
+    def observe(self, x: Tensor) -> None:
+        """Nothing to observe: the range comes from the weight."""
+
+    def reset(self) -> None:
+        """Nothing to forget: the range comes from the weight."""
+
+    def quantized(self) -> Tensor:
+        """The quantized weight, kept until weight, encoding or rounding change; differentiable while training."""
+        weight = self.weight
+        if not self._enabled:
+            return weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return self.differentiable()
+        key = (self._fingerprint(), self.version, self._fitted)
+        if self._cache is None or self._cache[0] != key:
+            with torch.no_grad():
+                codes, encoding = self.rounding, self.required_encoding()
+                value = fake_quantize(weight, encoding) if codes is None else dequantize(codes, encoding)
+            key = (self._fingerprint(), self.version, self._fitted)
+            self._cache = (key, value.to(weight.dtype))
+        return self._cache[1]
+
+    def differentiable(self) -> Tensor:
+        """The quantized weight with a straight-through gradient, computed anew."""
+        encoding = self.required_encoding()
+        rounded = fake_quantize(self.weight, encoding)
+        codes = self.rounding
+        if codes is None:
+            return rounded
+        return rounded + (dequantize(codes, encoding) - rounded).detach()
+
+    def required_encoding(self) -> Encoding:
+        """The encoding; weights always have one."""
+        encoding = self.encoding
+        assert encoding is not None
+        return encoding
+
+    def _per_block(self, weight: Tensor, spec: QuantSpec) -> Encoding:
+        """One grid a channel and block of `block_size` input channels; scale [C, blocks]."""
+        size = spec.granularity.block_size
+        assert size is not None
+        block_axis = 1 if self.axis == 0 else 0
+        ordered = weight.cpu().movedim((self.axis, block_axis), (0, 1))
+        ordered = ordered.reshape(*ordered.shape[:2], -1)  # [C, K, rest]
+        parts = [Sample.of_rows(part.reshape(len(part), -1)) for part in ordered.split(size, dim=1)]
+        found = [find_encoding(part, spec, self.axis) for part in parts]
+        qmin = min(encoding.qmin for encoding in found)
+        if len({encoding.qmin for encoding in found}) > 1:  # unsigned symmetric with one signed block: all signed
+            signed = replace(spec, scheme=Scheme.SYMMETRIC)
+            found = [find_encoding(part, signed, self.axis) for part in parts]
+        scale = torch.stack([encoding.scale for encoding in found], dim=1)
+        zero_point = torch.stack([encoding.zero_point for encoding in found], dim=1)
+        return Encoding(scale, zero_point, qmin, found[0].qmax, self.axis, size, block_axis)
+
+    def _fingerprint(self) -> tuple[int, int]:
+        weight = self.weight
+        return weight._version, weight.data_ptr()
+
+    def _keep_up(self) -> None:
+        if not self._frozen and hasattr(self, "owner") and self._fitted != self._fingerprint():
+            self.refresh()
+
+    def _rounding_counts(self) -> bool:
+        assert self._rounding is not None
+        _, encoding, fingerprint = self._rounding
+        return fingerprint == self._fingerprint() and encoding.equals(Quantizer.encoding.fget(self))  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightQuantizer":
+        """A copy whose fingerprints are those of the copied weight, so that encoding and rounding stay valid."""
+        current = self._fitted == self._fingerprint()
+        counts = self._rounding is not None and self._rounding_counts()
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        for key, value in self.__dict__.items():
+            if key not in ("_cache", "_encoding", "_rounding"):
+                twin.__dict__[key] = deepcopy(value, memo)
+        twin.__dict__.update(_cache=None, _encoding=None, _rounding=None)
+        if current:
+            twin._fitted = twin._fingerprint()
+        if counts and self._rounding is not None:
+            twin._rounding = (self._rounding[0].clone(), self._rounding[1], twin._fingerprint())
+        return twin
