@@ -33,9 +33,10 @@ def dequantize(codes: Tensor, encoding: Encoding) -> Tensor:
 def fake_quantize(x: Tensor, encoding: Encoding) -> Tensor:
     """`x` rounded to the grid, as a float tensor; differentiable by the straight-through estimator.
 
-    Gradient (u = x / scale): to x it passes where round(u) + zero_point is inside [qmin, qmax], else 0; to a scale or
-    zero point that requires it as in Esser et al. 2020, arXiv:1902.08153 (scale) and Jain et al. 2020,
-    arXiv:1903.08066 (zero point, through the range). Never changes `x`.
+    Gradient g of the result: to x it passes where x is within half a step of the grid's ends, else it is 0; to the
+    scale it is the sum of g * (x_hat - x) / scale inside and g * x_hat / scale outside, to the zero point the sum of
+    -g * scale outside. Source: Esser et al. 2020, arXiv:1902.08153; Jain et al. 2020, arXiv:1903.08066.
+    Never changes `x`.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad or encoding.scale.requires_grad or encoding.zero_point.requires_grad
@@ -72,27 +73,46 @@ def _flat(x: Tensor) -> Tensor | None:
 
 
 class _FakeQuantize(torch.autograd.Function):
+    """Keeps x and the result, which the neighbouring layers keep anyway, and no mask."""
+
     @staticmethod
     def forward(ctx, x, scale, zero_point, qmin, qmax):  # type: ignore[no-untyped-def]
-        levels = (x.float() / scale).round_()
-        low, high = qmin - zero_point.round(), qmax - zero_point.round()
-        clamped = torch.clamp(levels, low, high)
-        inside = levels == clamped
-        learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(inside, *((x, scale, clamped) if learned else ()))
-        ctx.scale_shape, ctx.zero_point_shape = scale.shape, zero_point.shape
-        return clamped.mul_(scale).to(x.dtype) if not learned else (clamped * scale).to(x.dtype)
+        wide = x if x.dtype == torch.float64 else x.float()
+        whole = zero_point.round()
+        if scale.dim() == 0 and x.device.type == "cpu" and wide.dtype == torch.float32:
+            copied = wide.clone(memory_format=torch.preserve_format)
+            result = fake_quantize_(copied, Encoding(scale.detach(), whole.detach(), qmin, qmax))
+        else:
+            levels = (wide / scale).round_()
+            result = torch.clamp(levels, qmin - whole, qmax - whole).mul_(scale)
+        result = result.to(x.dtype)
+        ctx.save_for_backward(x, scale, whole, result)
+        ctx.limits = qmin, qmax
+        return result
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        inside, *rest = ctx.saved_tensors
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        x, scale, zero_point, result = ctx.saved_tensors
+        qmin, qmax = ctx.limits
+        low, high = (qmin - zero_point - 0.5) * scale, (qmax - zero_point + 0.5) * scale
+        if scale.dim() == 0:
+            inside = torch.ops.aten.hardtanh_backward(grad.contiguous(), x.contiguous(), float(low), float(high))
+        else:
+            inside = grad * ((x > low) & (x < high))
+        _, learns_scale, learns_zero_point = ctx.needs_input_grad[:3]
         grad_scale = grad_zero_point = None
-        if rest:
-            x, scale, clamped = rest
-            if ctx.needs_input_grad[1]:
-                slope = torch.where(inside, clamped - x / scale, clamped)
-                grad_scale = (grad * slope).sum_to_size(ctx.scale_shape)
-            if ctx.needs_input_grad[2]:
-                grad_zero_point = (grad * ~inside * -scale).sum_to_size(ctx.zero_point_shape)
-        return grad_x, grad_scale, grad_zero_point, None, None
+        if learns_scale:
+            # Where nothing is clipped the last two sums are the same number, so no digits are lost.
+            error = _sum(inside, result - x, scale) + _sum(grad, result, scale) - _sum(inside, result, scale)
+            grad_scale = error / scale
+        if learns_zero_point:
+            grad_zero_point = (_sum(inside, None, scale) - _sum(grad, None, scale)) * scale
+        return inside, grad_scale, grad_zero_point, None, None
+
+
+def _sum(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
+    """The sum of a * b (or of a) over all but the axes of `like`, in its dtype."""
+    a = a.to(like.dtype)
+    if like.dim() == 0:
+        return a.sum() if b is None else torch.dot(a.reshape(-1), b.to(like.dtype).reshape(-1))
+    return (a if b is None else a * b).sum_to_size(like.shape)

@@ -36,6 +36,16 @@ class Sample:
     bin_width: Tensor
 
     @classmethod
+    def of_range(cls, rows: Tensor) -> "Sample":
+        """The range of each row of a tensor [C, n], without any value."""
+        rows = rows.detach().float()
+        low, high = (rows.amin(1), rows.amax(1)) if rows.shape[1] else (rows.new_zeros(len(rows)),) * 2
+        if not (bool(torch.isfinite(low).all()) and bool(torch.isfinite(high).all())):
+            raise NonFiniteData("holds NaN or infinity")
+        nothing = rows.new_zeros(len(rows), 0)
+        return cls(low, high, nothing, nothing, torch.zeros_like(low))
+
+    @classmethod
     def of_rows(cls, rows: Tensor) -> "Sample":
         """The sample of a tensor [C, n] given as rows: exact up to 2,048 entries a row, by histogram above."""
         rows = rows.detach().float()

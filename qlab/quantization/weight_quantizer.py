@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlab.errors import SpecError
+from qlab.errors import NonFiniteData, SpecError
 from qlab.quantization.encoding import Encoding
 from qlab.quantization.fake_quantize import dequantize, fake_quantize
 from qlab.quantization.quantizer import Quantizer, QuantizerState
@@ -117,15 +117,16 @@ class WeightQuantizer(Quantizer):
             return
         self._fitted = self._fingerprint()
         weight, spec = self.weight.detach(), self._spec
-        if not bool(torch.isfinite(weight).all()):
-            raise SpecError(f"the weight of {self.name!r} holds NaN or infinity; it has no grid.")
-        rows = weight.cpu().movedim(self.axis, 0).reshape(weight.shape[self.axis], -1)
-        if spec.granularity.kind == "per_tensor":
-            found = find_encoding(Sample.of_rows(rows.reshape(1, -1)), spec)
-        elif spec.granularity.kind == "per_channel" or weight.dim() < 2:
-            found = find_encoding(Sample.of_rows(rows), spec, self.axis)
-        else:
-            found = self._per_block(weight, spec)
+        rows = weight.movedim(self.axis, 0).reshape(weight.shape[self.axis], -1)
+        try:
+            if spec.granularity.kind == "per_tensor":
+                found = find_encoding(_sample(rows.reshape(1, -1), spec), spec)
+            elif spec.granularity.kind == "per_channel" or weight.dim() < 2:
+                found = find_encoding(_sample(rows, spec), spec, self.axis)
+            else:
+                found = self._per_block(weight, spec)
+        except NonFiniteData:
+            raise SpecError(f"the weight of {self.name!r} holds NaN or infinity; it has no grid.") from None
         self.encoding = found.to(weight.device)
 
     def observe(self, x: Tensor) -> None:
@@ -139,15 +140,14 @@ class WeightQuantizer(Quantizer):
         weight = self.weight
         if not self._enabled:
             return weight
-        if torch.is_grad_enabled() and weight.requires_grad:
+        if torch.is_grad_enabled() and (weight.requires_grad or self.learned is not None):
             return self.differentiable()
-        key = (self._fingerprint(), self.version, self._fitted)
+        key = self._key()
         if self._cache is None or self._cache[0] != key:
             with torch.no_grad():
                 codes, encoding = self.rounding, self.required_encoding()
                 value = fake_quantize(weight, encoding) if codes is None else dequantize(codes, encoding)
-            key = (self._fingerprint(), self.version, self._fitted)
-            self._cache = (key, value.to(weight.dtype))
+            self._cache = (self._key(), value.to(weight.dtype))
         return self._cache[1]
 
     def differentiable(self) -> Tensor:
@@ -170,9 +170,9 @@ class WeightQuantizer(Quantizer):
         size = spec.granularity.block_size
         assert size is not None
         block_axis = 1 if self.axis == 0 else 0
-        ordered = weight.cpu().movedim((self.axis, block_axis), (0, 1))
+        ordered = weight.movedim((self.axis, block_axis), (0, 1))
         ordered = ordered.reshape(*ordered.shape[:2], -1)  # [C, K, rest]
-        parts = [Sample.of_rows(part.reshape(len(part), -1)) for part in ordered.split(size, dim=1)]
+        parts = [_sample(part.reshape(len(part), -1), spec) for part in ordered.split(size, dim=1)]
         found = [find_encoding(part, spec, self.axis) for part in parts]
         qmin = min(encoding.qmin for encoding in found)
         if len({encoding.qmin for encoding in found}) > 1:  # unsigned symmetric with one signed block: all signed
@@ -186,8 +186,13 @@ class WeightQuantizer(Quantizer):
         weight = self.weight
         return weight._version, weight.data_ptr()
 
+    def _key(self) -> object:
+        """What the quantized weight depends on."""
+        learned = None if self.learned is None else tuple((p._version, p.data_ptr()) for p in self.learned.parameters())
+        return self._fingerprint(), self.version, self._fitted, learned
+
     def _keep_up(self) -> None:
-        if not self._frozen and hasattr(self, "owner") and self._fitted != self._fingerprint():
+        if self.learned is None and not self._frozen and hasattr(self, "owner") and self._fitted != self._fingerprint():
             self.refresh()
 
     def _rounding_counts(self) -> bool:
@@ -210,3 +215,8 @@ class WeightQuantizer(Quantizer):
         if counts and self._rounding is not None:
             twin._rounding = (self._rounding[0].clone(), self._rounding[1], twin._fingerprint())
         return twin
+
+
+def _sample(rows: Tensor, spec: QuantSpec) -> Sample:
+    """What the rule of `spec` needs of rows [C, n]: the range alone for min_max, which training asks at each step."""
+    return Sample.of_range(rows) if spec.rule.name == "min_max" else Sample.of_rows(rows.cpu())
