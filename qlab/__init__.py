@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 
 # Public name to the module that holds it; None for the module itself.
 _LATER: dict[str, tuple[str, str | None]] = {
+    "Lab": ("qlab.lab", "Lab"),
     "examples": ("qlab.examples", None),
 }
 

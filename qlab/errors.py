@@ -35,6 +35,14 @@ class UnknownLayer(QlabError, KeyError):
         return str(self.args[0])
 
 
+class Busy(QlabError, RuntimeError):
+    """Something is changing the sim just now; wait for it or cancel it."""
+
+
+class HistoryError(QlabError, LookupError):
+    """A state of the past cannot be returned to."""
+
+
 class Cancelled(QlabError):
     """A long operation was cancelled; what it had changed is restored."""
 

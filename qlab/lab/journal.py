@@ -1,0 +1,301 @@
+"""Actions as data: what was done to a sim, how to do it again, and the Python that does it.
+
+An action's `perform` and its `code` stand side by side because they must do the same: the script of a Lab is the code
+of its actions, and a test runs it in a fresh process and compares every scale, zero point, weight and score.
+"""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qlab.errors import SpecError
+from qlab.lab.code import Code, call_of, literal, technique_code
+from qlab.quantization import Encoding, Quantizer
+from qlab.sim import QuantSim
+from qlab.techniques import Technique
+
+PARTS = ("weight", "output")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A value that code cannot spell out, batches or a score, by the name that it has in the person's notebook.
+
+    name: None where no name is known; `what` says in words what it is.
+    """
+
+    name: str | None
+    what: str
+
+    @classmethod
+    def find(cls, value: object, known: Mapping[str, object], what: str) -> "Named":
+        """The name among `known`, or among the variables of the notebook, that holds `value`."""
+        notebook = vars(sys.modules["__main__"])
+        own = ((k, v) for k, v in list(notebook.items()) if not k.startswith("_"))
+        for name, held in (*known.items(), *own):
+            if held is value:
+                return cls(name, what)
+        return cls(None, what)
+
+
+class Action(ABC):
+    """One thing that was done; `verb` is the word for it."""
+
+    verb: str
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """One line for the history."""
+
+    @abstractmethod
+    def code(self) -> Code:
+        """Python that does it to `sim`."""
+
+
+class Edit(Action):
+    """An action on settings of quantizers: immediate, and small to undo."""
+
+    @abstractmethod
+    def targets(self, sim: QuantSim) -> list[Quantizer]:
+        """The quantizers that it changes. Raises where a layer or part does not exist."""
+
+    @abstractmethod
+    def perform(self, sim: QuantSim) -> None:
+        """Changes `sim`; the caller undoes what was changed where this raises."""
+
+
+@dataclass(frozen=True)
+class Set(Edit):
+    """Settings of one part of named layers."""
+
+    layers: tuple[str, ...]
+    part: str
+    settings: Mapping[str, Any]
+    verb = "set"
+
+    @property
+    def label(self) -> str:
+        return f"{_naming(self.layers)} {self.part} {_settings(self.settings)}"
+
+    def targets(self, sim: QuantSim) -> list[Quantizer]:
+        return distinct(quantizer_of(sim, name, self.part) for name in self.layers)
+
+    def perform(self, sim: QuantSim) -> None:
+        for quantizer in self.targets(sim):
+            quantizer.set(**self.settings)
+
+    def code(self) -> Code:
+        arguments = ", ".join(f"{key}={literal(value)}" for key, value in self.settings.items())
+        if len(self.layers) == 1:
+            return Code.line(f"sim[{self.layers[0]!r}].{self.part}.set({arguments})")
+        names = "".join(f"    {name!r},\n" for name in self.layers)
+        return Code(f"for name in [\n{names}]:\n    sim[name].{self.part}.set({arguments})\n")
+
+
+@dataclass(frozen=True)
+class Configure(Edit):
+    """Settings of every layer that matches a glob."""
+
+    pattern: str
+    weight: Mapping[str, Any] = field(default_factory=dict)
+    output: Mapping[str, Any] = field(default_factory=dict)
+    verb = "configure"
+
+    @property
+    def label(self) -> str:
+        parts = [f"{part} {_settings(asked)}" for part in PARTS if (asked := getattr(self, part))]
+        return f"{self.pattern} {', '.join(parts)}"
+
+    def targets(self, sim: QuantSim) -> list[Quantizer]:
+        found: list[Quantizer] = []
+        for layer in sim.matching(self.pattern):
+            if self.weight and layer.weight is not None:
+                found.append(layer.weight)
+            if self.output and layer.output is not None and layer.role.value == "quantized":
+                found.append(layer.output)
+        return distinct(found)
+
+    def perform(self, sim: QuantSim) -> None:
+        sim.configure(self.pattern, weight=dict(self.weight), output=dict(self.output))
+
+    def code(self) -> Code:
+        asked = {part: dict(getattr(self, part)) for part in PARTS if getattr(self, part)}
+        return Code.line(call_of("sim.configure", (self.pattern,), asked))
+
+
+@dataclass(frozen=True)
+class SetRange(Edit):
+    """The range of one part of one layer: a number for each bound, or one for each channel."""
+
+    layer: str
+    part: str
+    low: float | tuple[float, ...]
+    high: float | tuple[float, ...]
+    verb = "set_range"
+
+    @property
+    def label(self) -> str:
+        if isinstance(self.low, tuple):
+            return f"{self.layer} {self.part} range of {len(self.low)} channels"
+        return f"{self.layer} {self.part} range {self.low:.4g} to {self.high:.4g}"
+
+    def targets(self, sim: QuantSim) -> list[Quantizer]:
+        return [quantizer_of(sim, self.layer, self.part)]
+
+    def perform(self, sim: QuantSim) -> None:
+        low, high = (torch.tensor(bound) if isinstance(bound, tuple) else bound for bound in (self.low, self.high))
+        quantizer_of(sim, self.layer, self.part).set_range(low, high)
+
+    def code(self) -> Code:
+        bounds, imports = [repr(self.low), repr(self.high)], ()
+        if isinstance(self.low, tuple) and isinstance(self.high, tuple):
+            bounds, imports = [f"torch.tensor({list(bound)})" for bound in (self.low, self.high)], ("import torch",)
+        return Code.line(f"sim[{self.layer!r}].{self.part}.set_range({', '.join(bounds)})", imports)
+
+
+@dataclass(frozen=True)
+class SetEncoding(Edit):
+    """A grid given as it is, for what no setting says: a quantizer's `encoding` was assigned in a cell."""
+
+    layer: str
+    part: str
+    encoding: Encoding | None
+    frozen: bool
+    verb = "set_encoding"
+
+    @property
+    def label(self) -> str:
+        return f"{self.layer} {self.part} encoding"
+
+    def targets(self, sim: QuantSim) -> list[Quantizer]:
+        return [quantizer_of(sim, self.layer, self.part)]
+
+    def perform(self, sim: QuantSim) -> None:
+        quantizer = quantizer_of(sim, self.layer, self.part)
+        quantizer.encoding = self.encoding
+        quantizer.frozen = self.frozen
+
+    def code(self) -> Code:
+        where, encoding = f"sim[{self.layer!r}].{self.part}", self.encoding
+        if encoding is None:
+            return Code(f"{where}.encoding = None\n{where}.frozen = {self.frozen}\n")
+        tensors = [f"torch.tensor({getattr(encoding, key).tolist()})" for key in ("scale", "zero_point")]
+        rest = [str(encoding.qmin), str(encoding.qmax)]
+        if encoding.axis is not None:
+            rest.append(f"axis={encoding.axis}")
+        if encoding.block_size is not None:
+            rest += [f"block_size={encoding.block_size}", f"block_axis={encoding.block_axis}"]
+        value = f"qlab.Encoding({', '.join(tensors + rest)})"
+        return Code(f"{where}.encoding = {value}\n{where}.frozen = {self.frozen}\n", ("import torch",))
+
+
+@dataclass(frozen=True)
+class Several(Edit):
+    """Edits that were noticed together, as one step."""
+
+    edits: tuple[Edit, ...]
+    verb = "set"
+
+    @property
+    def label(self) -> str:
+        return self.edits[0].label if len(self.edits) == 1 else f"{len(self.edits)} changes in a cell"
+
+    def targets(self, sim: QuantSim) -> list[Quantizer]:
+        return distinct(quantizer for edit in self.edits for quantizer in edit.targets(sim))
+
+    def perform(self, sim: QuantSim) -> None:
+        for edit in self.edits:
+            edit.perform(sim)
+
+    def code(self) -> Code:
+        return Code.joined(edit.code() for edit in self.edits)
+
+
+@dataclass(frozen=True)
+class Calibrate(Action):
+    """New statistics from data."""
+
+    batches: Named
+    verb = "calibrate"
+
+    @property
+    def label(self) -> str:
+        return "calibrate"
+
+    def code(self) -> Code:
+        if self.batches.name is None:
+            return Code.missing("sim.calibrate(...)", self.batches.what)
+        return Code.line(f"sim.calibrate({self.batches.name})")
+
+
+@dataclass(frozen=True)
+class Apply(Action):
+    """A technique that was run."""
+
+    technique: Technique
+    batches: Named | None
+    score: Named | None
+    verb = "run"
+
+    @property
+    def label(self) -> str:
+        return technique_code(self.technique).text.removeprefix("qlab.")
+
+    def code(self) -> Code:
+        made = technique_code(self.technique)
+        if made.problem:
+            return Code.missing(f"{made.text}.apply(sim, ...)", made.problem)
+        arguments = ["sim"]
+        for given, word in ((self.batches, ""), (self.score, "score=")):
+            if given is None:
+                continue
+            if given.name is None:
+                return Code.missing(f"{made.text}.apply(sim, ...)", given.what)
+            arguments.append(word + given.name)
+        return Code.line(f"{made.text}.apply({', '.join(arguments)})", made.imports)
+
+
+@dataclass(frozen=True)
+class Foreign(Action):
+    """Something that was done to the sim by other code, of which only the fact is known."""
+
+    what: str
+    verb = "foreign"
+
+    @property
+    def label(self) -> str:
+        return self.what
+
+    def code(self) -> Code:
+        return Code.missing(self.what, "the lab did not see how")
+
+
+def quantizer_of(sim: QuantSim, layer: str, part: str) -> Quantizer:
+    """The quantizer of one part of a layer; raises UnknownLayer or SpecError where there is none."""
+    if part not in PARTS:
+        raise SpecError(f"part must be 'weight' or 'output'; got {part!r}.")
+    found = sim[layer]
+    quantizer = getattr(found, part)
+    if quantizer is None:
+        what = "has no weight" if part == "weight" else f"has an output that stays float ({found.reason})"
+        other = "output" if part == "weight" else "weight"
+        raise SpecError(f"layer {layer!r} {what}: there is nothing to set. Its {other} may have settings.")
+    return quantizer
+
+
+def distinct(quantizers: Iterable[Quantizer]) -> list[Quantizer]:
+    """Each quantizer once, in order."""
+    return list({id(quantizer): quantizer for quantizer in quantizers}.values())
+
+
+def _naming(layers: tuple[str, ...]) -> str:
+    return layers[0] if len(layers) == 1 else f"{len(layers)} layers"
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())

@@ -1,0 +1,121 @@
+"""Noticing what was done to a sim without the lab: settings changed in a cell, a calibration, weights that moved.
+
+Versions are compared, which is cheap; only where one has grown are settings compared, and the difference becomes an
+edit that is tried out, so that the journal tells what leads to the state and not merely what was assigned.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from qlab.lab.history import same_statistics
+from qlab.lab.journal import Action, Edit, Foreign, Set, SetEncoding, Several
+from qlab.quantization import Encoding, Quantizer, QuantizerState, QuantSpec, WeightQuantizer
+from qlab.sim import QuantSim
+
+SETTINGS = (*QuantSpec.__dataclass_fields__, "enabled", "frozen")
+
+
+class Watch:
+    """Remembers how a sim was when `look` was called last."""
+
+    def __init__(self, sim: QuantSim) -> None:
+        self._sim = sim
+        self.look()
+
+    def look(self) -> None:
+        """Takes the sim as it is now for known."""
+        self._versions = {name: _version(quantizer) for name, quantizer in self._quantizers()}
+        self._model = self._fingerprint()
+
+    def names_of(self, quantizers: Iterable[Quantizer]) -> list[str]:
+        """The names of quantizers in `sim.quantizers`."""
+        names = {id(quantizer): name for name, quantizer in self._quantizers()}
+        return [names[id(quantizer)] for quantizer in quantizers]
+
+    @property
+    def changed(self) -> list[str]:
+        """The quantizers that something has touched since."""
+        return [name for name, quantizer in self._quantizers() if self._versions.get(name) != _version(quantizer)]
+
+    @property
+    def weights_changed(self) -> bool:
+        """Whether parameters, buffers or the graph are not those of last time."""
+        return self._model != self._fingerprint()
+
+    def difference(self, states: Mapping[str, QuantizerState]) -> tuple[Action, list[str]] | None:
+        """What was done since, as an action, and the quantizers concerned; None where nothing was.
+
+        states: of all quantizers, as they were. Changes a quantizer for a moment, to try the action out.
+        """
+        touched = [name for name in self.changed if not _same(states[name], self._sim.quantizers[name].state())]
+        if self.weights_changed:
+            return Foreign("weights were changed in a cell"), list(states)
+        if not touched:
+            return None
+        edits: list[Edit] = []
+        for name in touched:
+            found = _edits(self._sim, name, states[name])
+            if found is None:
+                return Foreign("statistics or roundings were changed in a cell"), touched
+            edits += found
+        return (edits[0] if len(edits) == 1 else Several(tuple(edits))), touched
+
+    def _quantizers(self) -> Iterable[tuple[str, Quantizer]]:
+        return ((name, q) for name, q in self._sim.quantizers.items() if isinstance(q, Quantizer))
+
+    def _fingerprint(self) -> tuple[Any, ...]:
+        model = self._sim.model
+        tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+        return len(self._sim.graph.edits), tuple((id(t), t._version, t.data_ptr()) for t in tensors)
+
+
+def _version(quantizer: Quantizer) -> tuple[int, bool]:
+    _ = quantizer.encoding  # a weight's is found now if the weight has changed, so that the version counts it
+    return quantizer.version, quantizer.frozen
+
+
+def _edits(sim: QuantSim, name: str, before: QuantizerState) -> list[Edit] | None:
+    """Edits that lead from `before` to the present state, None where there are none; the state stays."""
+    quantizer = sim.quantizers[name]
+    assert isinstance(quantizer, Quantizer)
+    now = quantizer.state()
+    part = "weight" if isinstance(quantizer, WeightQuantizer) else "output"
+    changed = {key: value for key, value in _settings(now).items() if value != _settings(before)[key]}
+    set_all = Set((quantizer.name,), part, changed)
+    set_rest = Set((quantizer.name,), part, {key: value for key, value in changed.items() if key != "frozen"})
+    set_grid = SetEncoding(quantizer.name, part, now.encoding, now.frozen)
+    try:
+        for attempt in ([set_all], [set_grid], [set_rest, set_grid]):
+            quantizer.set_state(before)
+            for edit in attempt:
+                edit.perform(sim)
+            if _same(now, quantizer.state()):
+                return list(attempt)
+    finally:
+        quantizer.set_state(now)
+    return None
+
+
+def _settings(state: QuantizerState) -> dict[str, Any]:
+    return {key: getattr(state.spec if key in QuantSpec.__dataclass_fields__ else state, key) for key in SETTINGS}
+
+
+def _same(a: QuantizerState, b: QuantizerState) -> bool:
+    """Whether two states compute the same."""
+    return (
+        (a.spec, a.enabled, a.frozen) == (b.spec, b.enabled, b.frozen)
+        and _same_encoding(a.encoding, b.encoding)
+        and same_statistics(a.statistics, b.statistics)
+        and _same_tensor(a.codes, b.codes)
+        and _same_tensor(a.bias_correction, b.bias_correction)
+    )
+
+
+def _same_encoding(a: Encoding | None, b: Encoding | None) -> bool:
+    return a is b or (a is not None and a.equals(b))
+
+
+def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and bool(a.equal(b)))
