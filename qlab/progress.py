@@ -13,6 +13,13 @@ class Progress(Protocol):
         """Report that `done` of `total` steps are finished; raise Cancelled when the work should stop."""
 
 
+def publish(progress: Progress, record: object) -> None:
+    """Hands `record`, an intermediate result, to a progress that can show it; others never notice."""
+    show = getattr(progress, "publish", None)
+    if show is not None:
+        show(record)
+
+
 class Silent:
     """A progress that reports nothing and never cancels."""
 
@@ -41,6 +48,10 @@ class Cancellable:
         if self._stop.is_set():
             raise Cancelled(f"cancelled at step {done} of {total}" + (f" ({text})" if text else ""))
         self.inner.step(done, total, text)
+
+    def publish(self, record: object) -> None:
+        """Pass an intermediate result on."""
+        publish(self.inner, record)
 
 
 class Bar:

@@ -111,6 +111,7 @@ class QuantSim(nn.Module):
         for name, quantizer in self._distinct():
             self.quantizers[name] = quantizer
         self.quantization_enabled = True
+        self.qat_mode: str | None = None
         self._steps: list[_Step] | None = None
 
     def _distinct(self) -> Iterator[tuple[str, Quantizer]]:
@@ -233,6 +234,22 @@ class QuantSim(nn.Module):
         """The quantizer on whose grid the layer's first input lies, None where that is float."""
         return next((self.placed[source.name].output for source in layer.inputs if source.is_float), None)
 
+    def bias_scale(self, layer: Layer) -> Tensor | None:
+        """The scale [] or [C] of the layer's int32 bias, input times weight; None where the bias stays float.
+
+        Float it stays where input or weight are not quantized, and where the weight has blocks: those have no single
+        scale a channel.
+        """
+        if not self.preset.int32_bias:
+            return None
+        entry, grid = self.placed[layer.name], self.input_quantizer(layer)
+        if entry.weight is None or not entry.weight.enabled or grid is None or not grid.enabled:
+            return None
+        if grid.encoding is None or grid.encoding.scale.dim():
+            return None
+        scale = grid.encoding.scale * entry.weight.required_encoding().scale
+        return scale if scale.dim() <= 1 else None
+
     # Calibration and evaluation ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -274,6 +291,29 @@ class QuantSim(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def qat(self, mode: str | None, lsq: bool = False) -> list[str]:
+        """Changes the sim so that it trains with quantization: call it before the optimizer is built.
+
+        mode: 'regular' keeps activation ranges and finds weight ranges anew at each step; 'range_learning' makes all
+        ranges parameters; None ends training, learned ranges stay as frozen encodings. lsq: scale the gradients of
+        ranges as LSQ does. Returns what had to be given up (such as an earlier AdaRound), one sentence each.
+        Raises NotCalibrated where an encoding is missing.
+        """
+        from qlab.sim import training
+
+        if mode is None:
+            training.stop(self)
+            return []
+        return training.start(self, mode, lsq)
+
+    def range_parameters(self) -> Iterator[nn.Parameter]:
+        """The ranges in training, for an optimizer group of their own; none outside range learning."""
+        from qlab.sim.training import range_parameters
+
+        return range_parameters(self)
 
     # Views of the state -----------------------------------------------------------------------------------------------
 
@@ -331,7 +371,7 @@ class _Step:
         entry = sim.placed[layer.name]
         self.weight = entry.weight
         self.output = entry.output if entry.role is Role.QUANTIZED else None
-        self.input = sim.input_quantizer(layer) if sim.preset.int32_bias else None
+        self.sim, self.layer = sim, layer
         self.compute: Callable[..., Any]
         if entry.carries_weight:
             self.compute = _carry
@@ -345,9 +385,7 @@ class _Step:
         output = self.output
         if output is None or not output.enabled:
             return value
-        if torch.is_grad_enabled() and (
-            value.requires_grad or (output.scale is not None and output.scale.requires_grad)
-        ):
+        if torch.is_grad_enabled() and (value.requires_grad or output.learned is not None):
             return output(value)
         return output.quantize_(value) if _is_fresh(value, args, layer) else output(value)
 
@@ -359,11 +397,9 @@ class _Step:
             return bias
         if weight.bias_correction is not None:
             bias = weight.bias_correction if bias is None else bias + weight.bias_correction
-        if bias is None or self.input is None or not self.input.enabled or self.input.encoding is None:
-            return bias
-        scale = self.input.encoding.scale * weight.required_encoding().scale
-        if scale.dim() > 1:  # blocks have no single scale a channel: the target keeps such a bias in float
-            return bias
+        scale = None if bias is None else self.sim.bias_scale(self.layer)
+        if scale is None:
+            return bias  # type: ignore[return-value]
         # float64: an int32 bias has more digits than float32
         return bias + ((bias / scale.double()).round() * scale.double() - bias).detach().to(bias.dtype)
 
@@ -407,7 +443,7 @@ def _conv(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _linear(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return F.linear(args[0], step.weight.quantized(), step.bias(layer.module))
+    return F.linear(args[0], step.weight.quantized(), step.bias(layer.module))  # type: ignore[union-attr]
 
 
 _WITH_WEIGHT: dict[type[nn.Module], Callable[..., Any]] = {

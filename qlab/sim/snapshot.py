@@ -20,7 +20,7 @@ class Snapshot:
 
     def __init__(self, sim: "QuantSim", weights: bool = True) -> None:
         self._sim = sim
-        self._flags = (sim.training, sim.quantization_enabled, sim.preset)
+        self._flags = (sim.training, sim.quantization_enabled, sim.preset, sim.qat_mode)
         self._quantizers = {name: quantizer.state() for name, quantizer in _quantizers(sim)}
         self._model: dict[str, tuple[Tensor, Tensor]] | None = None
         if weights:
@@ -45,7 +45,7 @@ class Snapshot:
         for name, quantizer in _quantizers(sim):
             quantizer.set_state(self._quantizers[name])
         sim.train(self._flags[0])
-        sim.quantization_enabled, sim.preset = self._flags[1:]
+        sim.quantization_enabled, sim.preset, sim.qat_mode = self._flags[1:]
         if self._model is not None:
             for name, module in self._modules.items():
                 module.training = self._training[name]
