@@ -2,7 +2,7 @@
 
 from qlab.sim import presets
 from qlab.sim.batches import Batches, labels_of
-from qlab.sim.evaluate import SQNR, Accuracy, Agreement, Evaluation, Measurement, Score, evaluation_of
+from qlab.sim.evaluate import SQNR, Accuracy, Agreement, Evaluation, Measurement, PerSample, Score, evaluation_of
 from qlab.sim.files import load
 from qlab.sim.placement import Placed, Role
 from qlab.sim.presets import Preset
@@ -16,6 +16,7 @@ __all__ = [
     "Batches",
     "Evaluation",
     "Measurement",
+    "PerSample",
     "Placed",
     "Preset",
     "QuantSim",

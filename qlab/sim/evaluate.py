@@ -5,6 +5,7 @@ compare with the float model as it was when the evaluation first saw the sim, so
 measured against the original.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -89,7 +90,59 @@ class Evaluation(ABC):
         return self.of_outputs(sim, (sim.output(batch) for batch in self.batches))
 
 
-class Accuracy(Evaluation):
+class PerSample(Evaluation):
+    """An evaluation that depends on its data through sums over samples alone, as a mean or a ratio of means does.
+
+    Each sample adds a row of numbers, `value` makes the score of their sum. So batches can be scored apart, in any
+    order and place, and two states of a model compared sample by sample, far more sharply than by their scores.
+    """
+
+    batches: Batches
+
+    @abstractmethod
+    def tally(self, sim: "QuantSim", number: int, batch: Any, output: Any) -> Tensor:
+        """What `output` on `batch`, number `number` of `batches`, adds: float64 [samples, k], on the CPU."""
+
+    @abstractmethod
+    def value(self, sums: Tensor) -> Tensor:
+        """The score of sums [.., k], as [..]."""
+
+    @abstractmethod
+    def of_tallies(self, rows: Tensor) -> Measurement:
+        """The score of the rows [samples, k] of all batches, with its standard error."""
+
+    def only(self, sim: "QuantSim", number: int, batch: Any) -> "PerSample":
+        """The same evaluation on this one batch, with what it needs for it: small enough to send elsewhere."""
+        part = copy.copy(self)
+        part.batches = Batches([batch])
+        return part
+
+    def of_outputs(self, sim: "QuantSim", outputs: Iterable[Any]) -> Measurement:
+        """The score of `outputs`, one for each batch."""
+        pairs = enumerate(zip(self.batches, outputs, strict=True))
+        rows = [self.tally(sim, number, batch, output) for number, (batch, output) in pairs]
+        if not sum(map(len, rows)):
+            raise InputError("there is nothing to score: the batches hold no sample.")
+        return self.of_tallies(torch.cat(rows))
+
+
+class _Share(PerSample):
+    """A share of predictions: rows of (right, counted)."""
+
+    def value(self, sums: Tensor) -> Tensor:
+        """right / counted."""
+        return sums[..., 0] / sums[..., 1]
+
+    def of_tallies(self, rows: Tensor) -> Measurement:
+        """The share, with its binomial standard error."""
+        part, total = map(int, rows.sum(0))
+        if not total:
+            raise InputError("there is nothing to score: the batches hold no sample.")
+        share = part / total
+        return Measurement(share, math.sqrt(share * (1 - share) / total), "share", total)
+
+
+class Accuracy(_Share):
     """The share of samples whose largest logit is at the label.
 
     labelled: batches of (x, y), or dicts with 'labels'. Logits [N, C] with labels [N], [N, T, C] with [N, T], or
@@ -101,73 +154,75 @@ class Accuracy(Evaluation):
     def __init__(self, labelled: Any) -> None:
         self.batches = Batches(labelled)
 
-    def of_outputs(self, sim: "QuantSim", outputs: Iterable[Any]) -> Measurement:
-        """The accuracy of `outputs`."""
-        assert self.batches is not None
-        correct = total = 0
-        for batch, output in zip(self.batches, outputs, strict=True):
-            labels = labels_of(sim.graph, batch)
-            predicted = predictions(output, labels)
-            counted = labels.to(predicted.device) >= 0
-            correct += int(((predicted == labels.to(predicted.device)) & counted).sum())
-            total += int(counted.sum())
-        return _share(correct, total)
+    def tally(self, sim: "QuantSim", number: int, batch: Any, output: Any) -> Tensor:
+        """(right, counted) of each sample."""
+        labels = labels_of(sim.graph, batch)
+        predicted = predictions(output, labels)
+        labels = labels.to(predicted.device)
+        return _by_sample((predicted == labels) & (labels >= 0), labels >= 0)
 
 
-class Agreement(Evaluation):
+class _Compared(PerSample):
+    """An evaluation that compares with the float model's results."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = Batches(batches)
+        self._reference = _Reference(self.batches)
+
+    def prepare(self, sim: "QuantSim") -> None:
+        """Computes the float model's results once."""
+        self._reference.of(sim)
+
+    def only(self, sim: "QuantSim", number: int, batch: Any) -> "PerSample":
+        """As PerSample.only, with the float model's result on that batch."""
+        part = super().only(sim, number, batch)
+        assert isinstance(part, _Compared)
+        part._reference = _Reference(part.batches, {sim.origin: [self._reference.of(sim)[number]]})
+        return part
+
+
+class Agreement(_Compared, _Share):
     """The share of predictions (largest logit) that are those of the float model; needs no labels."""
 
     name = "agreement"
 
-    def __init__(self, batches: Any) -> None:
-        self.batches = Batches(batches)
-        self._reference = _Reference(self.batches)
-
-    def prepare(self, sim: "QuantSim") -> None:
-        """Computes the float model's results once."""
-        self._reference.of(sim)
-
-    def of_outputs(self, sim: "QuantSim", outputs: Iterable[Any]) -> Measurement:
-        """The agreement of `outputs` with the float model's."""
-        same = total = 0
-        for wanted, output in zip(self._reference.of(sim), outputs, strict=True):
-            a, b = predictions(wanted), predictions(output)
-            same, total = same + int((a == b).sum()), total + a.numel()
-        return _share(same, total)
+    def tally(self, sim: "QuantSim", number: int, batch: Any, output: Any) -> Tensor:
+        """(equal, counted) of each sample."""
+        equal = predictions(self._reference.of(sim)[number]) == predictions(output)
+        return _by_sample(equal, torch.ones_like(equal))
 
 
-class SQNR(Evaluation):
+class SQNR(_Compared):
     """Signal to quantization noise of the output in dB: 10 log10(E[y^2] / E[(y - y_float)^2]); needs no labels.
 
-    The standard error is a jackknife over batches. Without any difference the SQNR is infinite.
+    The standard error is a jackknife over samples. Without any difference the SQNR is infinite.
     """
 
     name = "SQNR"
 
-    def __init__(self, batches: Any) -> None:
-        self.batches = Batches(batches)
-        self._reference = _Reference(self.batches)
+    def tally(self, sim: "QuantSim", number: int, batch: Any, output: Any) -> Tensor:
+        """(signal, noise) of each sample; one row where the results have no common first axis."""
+        wanted = float_tensors(self._reference.of(sim)[number])
+        pairs = [(w.double(), w.double() - o.double()) for w, o in zip(wanted, float_tensors(output), strict=True)]
+        sizes = {w.shape[0] if w.dim() else 0 for w, _ in pairs}
+        samples = sizes.pop() if len(sizes) == 1 else 0
+        shape = (samples, -1) if samples else (1, -1)
+        signal, noise = (sum(part.square().reshape(shape).sum(1) for part in side) for side in zip(*pairs, strict=True))
+        return torch.stack([signal, noise], 1).cpu()
 
-    def prepare(self, sim: "QuantSim") -> None:
-        """Computes the float model's results once."""
-        self._reference.of(sim)
+    def value(self, sums: Tensor) -> Tensor:
+        """The ratio in dB, infinite where there is no noise."""
+        signal, noise = sums[..., 0], sums[..., 1]
+        return torch.where(noise == 0, math.inf, 10 * torch.log10(signal / noise))
 
-    def of_outputs(self, sim: "QuantSim", outputs: Iterable[Any]) -> Measurement:
-        """The SQNR of `outputs` against the float model's."""
-        signal, noise, samples = [], [], 0
-        for wanted, output in zip(self._reference.of(sim), outputs, strict=True):
-            pairs = list(zip(float_tensors(wanted), float_tensors(output), strict=True))
-            signal.append(sum(float(w.double().square().sum()) for w, _ in pairs))
-            noise.append(sum(float((w.double() - o.double()).square().sum()) for w, o in pairs))
-            samples += len(pairs[0][0]) if pairs and pairs[0][0].dim() else 1
-        total_signal, total_noise = sum(signal), sum(noise)
-        value = _decibel(total_signal, total_noise)
-        error = None
-        if len(signal) > 1 and math.isfinite(value):
-            left = [_decibel(total_signal - s, total_noise - n) for s, n in zip(signal, noise, strict=True)]
-            mean = sum(left) / len(left)
-            error = math.sqrt((len(left) - 1) / len(left) * sum((v - mean) ** 2 for v in left))
-        return Measurement(value, error, "dB", samples)
+    def of_tallies(self, rows: Tensor) -> Measurement:
+        """The SQNR, with its standard error."""
+        total = rows.sum(0)
+        value, error = float(self.value(total)), None
+        if len(rows) > 1 and math.isfinite(value):
+            left = self.value(total - rows)
+            error = math.sqrt((len(rows) - 1) / len(rows) * float((left - left.mean()).square().sum()))
+        return Measurement(value, error, "dB", len(rows))
 
 
 class Score(Evaluation):
@@ -200,16 +255,12 @@ def evaluation_of(score: "Evaluation | Callable[[nn.Module], Any]") -> Evaluatio
 def evaluate(sim: "QuantSim", score: "Evaluation | Callable[[nn.Module], Any]", quantized: bool) -> Measurement:
     """The score of `sim`, in eval mode, quantized or not."""
     evaluation = evaluation_of(score)
-    training = sim.training
-    sim.eval()
-    try:
+    with sim.evaluating():
         evaluation.prepare(sim)
         if quantized:
             return evaluation.of_model(sim)
         with sim.quantization_off():
             return evaluation.of_model(sim)
-    finally:
-        sim.train(training)
 
 
 def float_tensors(output: Any) -> list[Tensor]:
@@ -230,9 +281,9 @@ def predictions(output: Any, labels: Tensor | None = None) -> Tensor:
 class _Reference:
     """The float model's results, computed once for each original model."""
 
-    def __init__(self, batches: Batches) -> None:
+    def __init__(self, batches: Batches, outputs: dict[str, list[Any]] | None = None) -> None:
         self._batches = batches
-        self._outputs: dict[str, list[Any]] = {}
+        self._outputs = outputs or {}
 
     def of(self, sim: "QuantSim") -> list[Any]:
         if sim.origin not in self._outputs:
@@ -240,14 +291,7 @@ class _Reference:
         return self._outputs[sim.origin]
 
 
-def _share(part: int, total: int) -> Measurement:
-    if not total:
-        raise InputError("there is nothing to score: the batches hold no sample.")
-    share = part / total
-    return Measurement(share, math.sqrt(share * (1 - share) / total), "share", total)
-
-
-def _decibel(signal: float, noise: float) -> float:
-    if noise <= 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+def _by_sample(part: Tensor, whole: Tensor) -> Tensor:
+    """Two boolean tensors [samples, ..] as counts [samples, 2]."""
+    samples = part.shape[0] if part.dim() else 1
+    return torch.stack([side.reshape(samples, -1).sum(1).double() for side in (part, whole)], 1).cpu()

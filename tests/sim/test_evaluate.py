@@ -78,3 +78,20 @@ def test_missing_labels_and_empty_batches_say_so():
         sim.evaluate(qlab.Accuracy([]))
     with pytest.raises(InputError, match="Evaluation or a function"):
         sim.evaluate("accuracy")
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "agreement", "sqnr"])
+def test_batches_scored_apart_add_up_to_the_score_of_all(kind):
+    sim, x = linear_sim()
+    for quantizer in sim.quantizers.values():
+        quantizer.bits = 2
+    batches = [(part, torch.arange(len(part)) % 3) for part in x.split(15)]
+    score = {"accuracy": qlab.Accuracy, "agreement": qlab.Agreement, "sqnr": qlab.SQNR}[kind](batches)
+    whole = sim.evaluate(score)
+    rows = [
+        score.only(sim, number, batch).tally(sim, 0, batch, sim.output(batch)) for number, batch in enumerate(batches)
+    ]
+    apart = score.of_tallies(torch.cat(rows))
+    assert (float(apart), apart.standard_error) == (float(whole), whole.standard_error)
+    assert float(score.value(torch.cat(rows).sum(0))) == pytest.approx(float(whole), abs=1e-12)
+    assert len(torch.cat(rows)) == len(x)
