@@ -20,9 +20,10 @@ Fingerprint = Callable[[Layer], Hashable]
 
 @dataclass
 class ReplayCounts:
-    """What a replay has done: calls of layers, full forwards, bytes kept."""
+    """What a replay has done: calls of layers, their work in units of a full forward, full forwards, bytes kept."""
 
     layer_calls: int = 0
+    forwards: float = 0.0
     full_forwards: int = 0
     bytes_kept: int = 0
 
@@ -62,7 +63,7 @@ class Replay:
         self.full_share = full_share
         self.counts = ReplayCounts()
         self._batches = [_Stored(list(batch)) for batch in batches]
-        self._cost: list[float] = []
+        self._shares = work_shares(graph)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -142,6 +143,7 @@ class Replay:
             args = (inputs[index],) if layer.kind == "input" else fill(layer.args, values)
             values[index] = self.call(layer, args, fill(layer.kwargs, values))
             self.counts.layer_calls += 1
+            self.counts.forwards += self._shares[index]
             if commit:
                 self._store(stored, layer, values[index], keys[index])
             for source in layer.inputs:
@@ -166,14 +168,18 @@ class Replay:
 
     def _share(self, run: list[bool]) -> float:
         """The share of the graph's work that the layers to run stand for."""
-        if not self._cost:
-            self._cost = [_work(layer) for layer in self.graph]
-        total = sum(self._cost)
-        return sum(cost for cost, runs in zip(self._cost, run, strict=True) if runs) / total if total else 1.0
+        return sum(share for share, runs in zip(self._shares, run, strict=True) if runs)
 
 
 def _bytes(value: Any) -> int:
     return sum(v.numel() * v.element_size() for v in pytree.tree_leaves(value) if isinstance(v, Tensor))
+
+
+def work_shares(graph: LayerGraph) -> list[float]:
+    """The share of each layer in the work of one forward, by multiply-accumulates and elements produced."""
+    work = [_work(layer) for layer in graph]
+    total = sum(work)
+    return [part / total if total else 1 / len(work) for part in work]
 
 
 def _work(layer: Layer) -> float:
