@@ -30,6 +30,8 @@ __version__ = "0.1.0"
 # Public name to the module that holds it; None for the module itself.
 _LATER: dict[str, tuple[str, str | None]] = {
     "Lab": ("qlab.lab", "Lab"),
+    "views": ("qlab.views", None),
+    "plots": ("qlab.plots", None),
     "examples": ("qlab.examples", None),
 }
 

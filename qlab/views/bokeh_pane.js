@@ -1,6 +1,7 @@
 // The browser's half of BokehPane: one unrendered master document per widget, one document per view of it.
 // Python's patches go to all of them; what a person does in one view goes to Python, the master and the other views.
 
+const PAUSE_MS = 50; // between two messages of a drag
 const libraries = (globalThis.__qlab_bokehjs__ ??= new Map()); // version -> Promise of Bokeh, for all notebooks of the page
 
 function loadBokeh(carrier) {
@@ -27,9 +28,7 @@ const copyBuffer = (view) => view.buffer.slice(view.byteOffset, view.byteOffset 
 const isLocal = ({ model, attr }) =>
   (model?.type === "DataRange1d" && (attr === "start" || attr === "end")) || /^(inner|outer)_(width|height)$/.test(attr);
 
-const isRange = ({ model, attr }) => /Range/.test(model?.type) && (attr === "start" || attr === "end");
-
-/** Keep the last of several changes of one attribute; a pan makes hundreds. */
+/** Keep the last of several changes of one attribute; a drag makes hundreds. */
 function latest(events) {
   const kept = new Map();
   events.forEach((event, i) => {
@@ -40,12 +39,19 @@ function latest(events) {
   return [...kept.values()];
 }
 
+/** Messages carry their number, since a kernel may handle them in another order. */
+function numbered(model) {
+  const browser = Math.random().toString(36).slice(2);
+  let number = 0;
+  return (message) => model.send({ ...message, turn: [browser, number++] });
+}
+
 /** Plain JSON of a patch that Bokeh made; binary arrays become base64. */
 const asJSON = (patch) =>
   JSON.parse(JSON.stringify(patch, (_, value) => (typeof value?.to_base64 === "function" ? value.to_base64() : value)));
 
 export default () => {
-  let bokeh, master, ready;
+  let bokeh, master, ready, send;
   const early = []; // messages that arrive while BokehJS loads
   const views = new Set();
 
@@ -57,7 +63,7 @@ export default () => {
     }
   }
 
-  function receive(model, message, buffers) {
+  function receive(message, buffers) {
     if (master === undefined) {
       early.push([message, buffers]);
     } else if (message.kind === "patch") {
@@ -66,7 +72,7 @@ export default () => {
         apply(JSON.parse(message.patch), named, [master, ...[...views].map((view) => view.document)]);
       } catch (error) {
         console.warn("qlab: a patch did not fit, asking for the whole document", error);
-        model.send({ kind: "resync" });
+        send({ kind: "resync" });
       }
     } else if (message.kind === "document") {
       master = parse(JSON.parse(message.document));
@@ -78,36 +84,37 @@ export default () => {
     const id = model.get("_bokehjs").slice("IPY_MODEL_".length);
     bokeh = await loadBokeh(await model.widget_manager.get_model(id));
     master = parse(JSON.parse(snapshot));
-    for (const [message, buffers] of early.splice(0)) receive(model, message, buffers);
+    for (const [message, buffers] of early.splice(0)) receive(message, buffers);
   }
 
-  function watch(view, model) {
+  function watch(view) {
     const { document } = view;
     let pending = [];
-    let timer = null;
+    let sentAt = -Infinity;
     const flush = () => {
-      clearTimeout(timer);
-      timer = null;
+      sentAt = performance.now();
       const events = latest(pending);
       pending = [];
       if (events.length === 0 || view.document !== document) return;
       const patch = asJSON(document.create_json_patch(events));
-      model.send({ kind: "patch", patch });
+      send({ kind: "patch", patch });
       const changes = patch.events.filter((event) => event.kind !== "MessageSent");
       const others = [...views].filter((other) => other !== view).map((other) => other.document);
       if (changes.length > 0) apply({ events: changes }, [], [master, ...others]);
     };
     document.on_change((event) => {
       if (event.sync === false || isLocal(event)) return;
-      pending.push(event);
-      if (isRange(event)) timer ??= setTimeout(flush, 50);
+      if (pending.push(event) > 1) return;
+      const wait = sentAt + PAUSE_MS - performance.now();
+      if (wait > 0) setTimeout(flush, wait);
       else queueMicrotask(flush);
     });
   }
 
   return {
     initialize({ model }) {
-      model.on("msg:custom", (message, buffers) => receive(model, message, buffers));
+      send = numbered(model);
+      model.on("msg:custom", (message, buffers) => receive(message, buffers));
       // The snapshot is read now: one that comes while BokehJS loads holds changes that `early` holds as well.
       ready = start(model, model.get("_snapshot"));
       ready.catch(() => {}); // each view that waits for it shows the error
@@ -115,7 +122,6 @@ export default () => {
 
     async render({ model, el }) {
       el.classList.add("qlab-pane");
-      el.setAttribute("role", "figure");
       const canvas = document.createElement("div");
       const alert = document.createElement("div");
       alert.className = "qlab-alert";
@@ -124,7 +130,10 @@ export default () => {
         alert.textContent = sentence;
         alert.hidden = sentence === "";
       };
-      const showLabel = () => el.setAttribute("aria-label", model.get("label"));
+      const showLabel = () => {
+        el.setAttribute("role", model.get("label") ? "figure" : "none"); // a figure may bring a label of its own
+        el.setAttribute("aria-label", model.get("label"));
+      };
       const showAlert = () => say(model.get("alert"));
       canvas.textContent = "Loading the plot…";
       el.replaceChildren(canvas, alert);
@@ -138,7 +147,7 @@ export default () => {
           view.manager?.clear();
           canvas.replaceChildren();
           view.document = parse(master.to_json());
-          watch(view, model);
+          watch(view);
           const { add_document_standalone } = bokeh.require("embed/standalone");
           view.manager = await add_document_standalone(view.document, canvas, [], false);
         },

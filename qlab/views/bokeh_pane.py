@@ -5,6 +5,7 @@ PATCH-DOC protocol. The calls into Bokeh that are not its public interface are a
 bokeh_pane.js; tests/browser covers them.
 """
 
+import base64
 import contextlib
 import functools
 import gzip
@@ -95,6 +96,9 @@ class BokehPane(LiveWidget):
 
     def to_html(self) -> str:
         picture = self.fallback() if self.fallback is not None else ""
+        if picture.lstrip().startswith("<svg"):  # JupyterLab strips these from untrusted notebooks, images it keeps
+            data = base64.b64encode(picture.encode()).decode()
+            picture = f'<img alt="{escape(self.label)}" src="data:image/svg+xml;base64,{data}">'
         caption = f"<figcaption>{escape(self.label)}</figcaption>" if self.label else ""
         return f'<figure style="margin: 0">{picture}{caption}</figure>{STATIC_NOTE}'
 

@@ -64,8 +64,9 @@ function parse(snapshot) {
 }
 
 class Grid {
-  constructor(model, el, table) {
+  constructor(model, el, table, send) {
     this.model = model;
+    this.send = send;
     this.el = el;
     this.sorting = null; // { column, direction }
     this.current = { row: 0, column: 0 }; // row -1 is the header
@@ -399,8 +400,8 @@ class Grid {
       " ": () => (place.row < 0 ? this.sortBy(place.column) : this.select(place.row, { toggle: true })),
       Escape: () => this.escape(),
       "Control+a": () => this.saveSelection(this.visible().map((row) => this.table.keys[row])),
-      "Control+z": () => this.model.send({ kind: event.shiftKey ? "redo" : "undo" }),
-      "Control+y": () => this.model.send({ kind: "redo" }),
+      "Control+z": () => this.send({ kind: event.shiftKey ? "redo" : "undo" }),
+      "Control+y": () => this.send({ kind: "redo" }),
     };
     if (this.typedKey(event, place, cell, control)) {
       // it was part of a number
@@ -593,8 +594,15 @@ class Grid {
     this.pending.set(id, cells);
     const { columns, keys } = this.table;
     const keysToEdit = [place.row, ...rows.filter((row) => row !== place.row)].map((row) => keys[row]);
-    this.model.send({ kind: "edit", id, rows: keysToEdit, column: columns[place.column].name, value });
+    this.send({ kind: "edit", id, rows: keysToEdit, column: columns[place.column].name, value });
   }
+}
+
+/** Messages carry their number, since a kernel may handle them in another order. */
+function numbered(model) {
+  const browser = Math.random().toString(36).slice(2);
+  let number = 0;
+  return (message) => model.send({ ...message, turn: [browser, number++] });
 }
 
 const isSelected = (line) => line.getAttribute("aria-selected") === "true";
@@ -606,11 +614,12 @@ function flash(cell) {
 }
 
 export default () => {
-  let table;
+  let table, send;
   const grids = new Set();
   return {
     initialize({ model }) {
       table = parse(model.get("_snapshot"));
+      send = numbered(model);
       model.on("msg:custom", ({ kind, cells, answered, notice, snapshot }) => {
         if (kind === "reset") {
           table = parse(snapshot);
@@ -625,7 +634,7 @@ export default () => {
       });
     },
     render({ model, el }) {
-      const grid = new Grid(model, el, table);
+      const grid = new Grid(model, el, table, send);
       grids.add(grid);
       return () => {
         grids.delete(grid);

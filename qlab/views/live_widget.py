@@ -13,9 +13,11 @@ import anywidget
 import traitlets
 from IPython import get_ipython
 
+from qlab.views.in_order import InOrder
 from qlab.views.view import with_fallback
 
 QUIET_S = 1.0
+PATIENCE_S = 1.0
 
 _open_widgets: "weakref.WeakSet[LiveWidget]" = weakref.WeakSet()
 _watched_shells: "weakref.WeakSet[Any]" = weakref.WeakSet()
@@ -33,11 +35,12 @@ class LiveWidget(anywidget.AnyWidget):
     _snapshot = traitlets.Any().tag(sync=True, to_json=lambda _, widget: widget.take_snapshot())
 
     def __init__(self, **traits: Any) -> None:
+        self._order = InOrder()
         self._is_stale = False
         self._changed_at = 0.0
         self._is_waiting = False
         super().__init__(**traits)
-        self.on_msg(self._receive_guarded)
+        self.on_msg(self._receive_in_order)
         _open_widgets.add(self)
         _refresh_after_cells()
 
@@ -89,12 +92,20 @@ class LiveWidget(anywidget.AnyWidget):
         else:
             self.refresh()
 
-    def _receive_guarded(self, _widget: Any, message: dict[str, Any], _buffers: list[memoryview]) -> None:
-        try:
-            self.receive(message)
-        except Exception as error:
-            self.alert = f"{type(error).__name__}: {error}"
-            raise  # the kernel's log shows the traceback
+    def _receive_in_order(self, _widget: Any, message: dict[str, Any], _buffers: list[memoryview]) -> None:
+        browser, number = message.pop("turn")
+        self._receive_all(self._order.arrived(browser, number, message))
+        if self._order.is_waiting and (loop := _kernel_loop()) is not None:
+            loop.add_callback(loop.call_later, PATIENCE_S, lambda: self._receive_all(self._order.give_up()))
+
+    def _receive_all(self, messages: list[dict[str, Any]]) -> None:
+        for i, message in enumerate(messages):
+            try:
+                self.receive(message)
+            except Exception as error:
+                self.alert = f"{type(error).__name__}: {error}"
+                self._receive_all(messages[i + 1 :])
+                raise  # the kernel's log shows the traceback
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return with_fallback(super()._repr_mimebundle_(**kwargs), self.summary(), self.to_html())
