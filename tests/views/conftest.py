@@ -1,5 +1,6 @@
 """Widgets without a browser: what they send is recorded, what a browser would send is handed in."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,12 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], list[byt
 
 @pytest.fixture
 def from_browser() -> Callable[[ipywidgets.Widget, dict[str, Any]], None]:
-    """Hand a custom message to a widget as its comm would."""
+    """Hand a custom message to a widget as its comm would, in turn unless the message has a turn of its own."""
+    turns = itertools.count()
 
     def hand_in(widget: ipywidgets.Widget, content: dict[str, Any]) -> None:
-        data = {"method": "custom", "content": content}
+        turn = content.get("turn") or ("a browser", next(turns))
+        data = {"method": "custom", "content": {**content, "turn": turn}}
         widget.comm.handle_msg({"content": {"data": data}, "buffers": []})
 
     return hand_in

@@ -1,7 +1,9 @@
 """The pane's half of the protocol: patches, batches, echoes, snapshots, disposal."""
 
+import base64
 import gzip
 import json
+import re
 from pathlib import Path
 
 import bokeh
@@ -178,7 +180,9 @@ def test_a_reader_without_a_kernel_sees_the_fallback(plot):
     pane = BokehPane(plot, label="SQNR of <conv1>: 34.1 dB", fallback=lambda: "<svg></svg>")
     data, _ = pane._repr_mimebundle_()
     assert data["text/plain"] == "BokehPane('SQNR of <conv1>: 34.1 dB')"
-    assert "<svg></svg>" in data["text/html"]
+    picture = re.search(r'<img alt="([^"]*)" src="data:image/svg\+xml;base64,([^"]+)">', data["text/html"])
+    assert picture[1] == "SQNR of &lt;conv1&gt;: 34.1 dB"
+    assert base64.b64decode(picture[2]) == b"<svg></svg>"
     assert "SQNR of &lt;conv1&gt;: 34.1 dB" in data["text/html"]
     assert len(json.dumps(data)) < 2000
 

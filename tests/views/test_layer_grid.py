@@ -118,6 +118,24 @@ def test_any_other_exception_is_shown_as_well(grid, from_browser):
     assert grid.value("conv", "bits") == 8
 
 
+def test_edits_are_applied_in_the_order_in_which_they_were_made(grid, steps, from_browser):
+    for number, value in ((1, "4"), (3, "2"), (0, "8"), (2, "float")):
+        from_browser(grid, edit(["conv"], "bits", value, turn=("tab", number)))
+    assert [value for _, _, value in steps] == [8, 4, "float", 2]
+
+
+def test_an_edit_that_fails_does_not_hold_up_the_next(grid, steps, from_browser):
+    @grid.on_edit
+    def fail_at_8(rows, column, value):
+        if value == 8:
+            raise RuntimeError("broken")
+
+    from_browser(grid, edit(["conv"], "bits", "4", turn=("tab", 1)))
+    from_browser(grid, edit(["conv"], "bits", "8", turn=("tab", 0)))
+    assert [value for _, _, value in steps] == [8, 4]
+    assert grid.value("conv", "bits") == 4
+
+
 def test_an_edit_that_succeeds_clears_the_last_refusal(grid, from_browser):
     from_browser(grid, edit(["conv"], "bits", "7"))
     from_browser(grid, edit(["conv"], "bits", "4"))
