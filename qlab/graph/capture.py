@@ -41,7 +41,7 @@ def capture(model: nn.Module, example: Any, dynamic: Sequence[int] = ()) -> Laye
     args, kwargs = _at_least_two(args, kwargs)
     with torch.no_grad(), _without_fused_attention():
         reference = own(*_cloned(args), **_cloned(kwargs))
-    _register_results(reference)
+    register_results(reference)
     program = _export(own, args, kwargs, dynamic)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -139,19 +139,19 @@ def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
     )
 
 
-def _register_results(result: Any) -> None:
+def register_results(result: Any) -> None:
     """Lets dataclasses among the results pass through export, as dicts and tuples do."""
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         if type(result) not in pytree.SUPPORTED_NODES:
             torch.export.register_dataclass(type(result))
         for field in dataclasses.fields(result):
-            _register_results(getattr(result, field.name))
+            register_results(getattr(result, field.name))
     elif isinstance(result, Mapping):
         for value in result.values():
-            _register_results(value)
+            register_results(value)
     elif isinstance(result, (list, tuple)):
         for value in result:
-            _register_results(value)
+            register_results(value)
 
 
 def _export(

@@ -3,7 +3,6 @@
 It reads its range from the weight itself, and keeps the quantized weight until weight or encoding change.
 """
 
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -200,21 +199,19 @@ class WeightQuantizer(Quantizer):
         _, encoding, fingerprint = self._rounding
         return fingerprint == self._fingerprint() and encoding.equals(Quantizer.encoding.fget(self))  # type: ignore[attr-defined]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightQuantizer":
-        """A copy whose fingerprints are those of the copied weight, so that encoding and rounding stay valid."""
-        current = self._fitted == self._fingerprint()
-        counts = self._rounding is not None and self._rounding_counts()
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        for key, value in self.__dict__.items():
-            if key not in ("_cache", "_encoding", "_rounding"):
-                twin.__dict__[key] = deepcopy(value, memo)
-        twin.__dict__.update(_cache=None, _encoding=None, _rounding=None)
-        if current:
-            twin._fitted = twin._fingerprint()
-        if counts and self._rounding is not None:
-            twin._rounding = (self._rounding[0].clone(), self._rounding[1], twin._fingerprint())
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: fingerprints become 'it is current', because a copied weight has another."""
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_cache", "_encoding")}
+        state["_fitted"] = self._fitted == self._fingerprint()
+        state["_rounding"] = self._rounding[:2] if self._rounding is not None and self._rounding_counts() else None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes a copied state; encoding and rounding stay valid for the copied weight."""
+        super().__setstate__({**state, "_cache": None, "_encoding": None})
+        self._fitted = self._fingerprint() if state["_fitted"] else None
+        if state["_rounding"] is not None:
+            self._rounding = (*state["_rounding"], self._fingerprint())
 
 
 def _sample(rows: Tensor, spec: QuantSpec) -> Sample:

@@ -354,6 +354,14 @@ class QuantSim(nn.Module):
         self._steps = None
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: None if key == "_steps" else value for key, value in self.__dict__.items()}
+
+    def __reduce__(self) -> Any:
+        from qlab.sim.transport import from_bytes, to_bytes
+
+        return from_bytes, (to_bytes(self),)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantSim":
         from copy import deepcopy
 
