@@ -32,6 +32,11 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         return iter(self._source)
 
+    @property
+    def source(self) -> Any:
+        """What was given: the loader, the list; for a generator the list of what it yielded."""
+        return self._source
+
     def __len__(self) -> int:
         """The number of batches; 0 where the iterable does not know."""
         try:

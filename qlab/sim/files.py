@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qlab.errors import InputError
 from qlab.graph import FoldedNorm
 from qlab.quantization import Encoding, Quantizer, QuantizerState, QuantSpec, Statistics
+from qlab.sim.log import LogEntry, Marks
 from qlab.sim.presets import Preset
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, example: Any, dynamic: 
         assert isinstance(quantizer, Quantizer)
         quantizer.set_state(_restore(header["quantizers"][name], f"quantizer.{name}", tensors))
     sim.changed()
+    marks = Marks.of(sim)
+    sim.log[:] = [LogEntry("load", os.fspath(path), None, marks, marks)]
     return sim
 
 

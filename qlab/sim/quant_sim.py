@@ -19,6 +19,7 @@ from qlab.graph import Layer, call_layer, capture
 from qlab.progress import Progress, Silent
 from qlab.quantization import Quantizer, WeightQuantizer
 from qlab.sim.batches import Batches, flat_inputs
+from qlab.sim.log import LogEntry, Marks
 from qlab.sim.placement import Placed, Role, matches_glob, place
 from qlab.sim.presets import Preset, w8a8
 
@@ -103,6 +104,8 @@ class QuantSim(nn.Module):
         self.origin = uuid.uuid4().hex
         self._install(self.graph.root)
         self.eval()
+        marks = Marks.of(self)
+        self.log = [LogEntry("new", None, None, marks, marks)]
 
     def _install(self, root: nn.Module) -> None:
         self.model = root
@@ -262,7 +265,9 @@ class QuantSim(nn.Module):
         """
         from qlab.sim.calibrate import calibrate
 
+        before = Marks.of(self)
         calibrate(self, Batches(batches), progress or Silent())
+        self.log.append(LogEntry("calibrate", batches, None, before, Marks.of(self)))
 
     def evaluate(self, score: "Evaluation | Callable[[nn.Module], Any]", quantized: bool = True) -> "Measurement":
         """The score of the sim, or of the float model when `quantized` is False.

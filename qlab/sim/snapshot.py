@@ -20,6 +20,7 @@ class Snapshot:
 
     def __init__(self, sim: "QuantSim", weights: bool = True) -> None:
         self._sim = sim
+        self._log = list(sim.log)
         self._flags = (sim.training, sim.quantization_enabled, sim.preset, sim.qat_mode)
         self._quantizers = {name: quantizer.state() for name, quantizer in _quantizers(sim)}
         self._model: dict[str, tuple[Tensor, Tensor]] | None = None
@@ -40,6 +41,7 @@ class Snapshot:
     def restore(self) -> None:
         """Changes the sim back to the remembered state. May be called more than once."""
         sim = self._sim
+        sim.log[:] = self._log
         if self._model is not None:
             self._restore_model(sim)
         for name, quantizer in _quantizers(sim):

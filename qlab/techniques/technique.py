@@ -15,6 +15,7 @@ from qlab.settings import check
 from qlab.sim import QuantSim, Snapshot
 from qlab.sim.batches import Batches
 from qlab.sim.evaluate import Evaluation
+from qlab.sim.log import LogEntry, Marks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,9 +97,11 @@ class Technique:
         batches: any iterable of inputs, labelled where the technique needs labels. score: an evaluation or function.
         """
         data = self._data(batches)
-        snapshot, started = Snapshot(sim), time.perf_counter()
+        snapshot, before, started = Snapshot(sim), Marks.of(sim), time.perf_counter()
+        steps = len(sim.log)
         try:
             report = self.run(sim, data, score, progress or Silent())
+            sim.log[steps:] = [LogEntry(self, batches, score, before, Marks.of(sim))]  # in place of what it did within
         except BaseException:
             snapshot.restore()
             raise
