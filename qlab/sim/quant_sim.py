@@ -445,8 +445,9 @@ def _functional(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[s
     assert module is not None
     assert step.weight is not None
     replaced = {"weight": step.weight.quantized()}
-    if isinstance(getattr(module, "bias", None), Tensor):
-        replaced["bias"] = step.bias(module)
+    bias = step.bias(module) if hasattr(module, "bias") else None
+    if bias is not None:
+        replaced["bias"] = bias
     return functional_call(module, replaced, args, kwargs)
 
 
