@@ -29,6 +29,10 @@ __version__ = "0.1.0"
 
 # Public name to the module that holds it; None for the module itself.
 _LATER: dict[str, tuple[str, str | None]] = {
+    "BatchNormFolding": ("qlab.techniques", "BatchNormFolding"),
+    "BatchNormReestimation": ("qlab.techniques", "BatchNormReestimation"),
+    "BiasCorrection": ("qlab.techniques", "BiasCorrection"),
+    "CrossLayerEqualization": ("qlab.techniques", "CrossLayerEqualization"),
     "Lab": ("qlab.lab", "Lab"),
     "views": ("qlab.views", None),
     "plots": ("qlab.plots", None),

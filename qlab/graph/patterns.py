@@ -1,8 +1,8 @@
 """Patterns: layers that mix channels by a weight, and places where a factor a channel passes from one to the next.
 
 BatchNorm folding, cross-layer equalization and bias correction all ask the same two questions: what does a weight do
-to each channel, and which layer takes those channels next. `Kernel` answers the first for every kind of layer; `follow`
-and `links` answer the second.
+to each channel, and which layer takes those channels next. `Kernel` answers the first for every kind of layer;
+`follow` and `links` answer the second.
 """
 
 from collections import Counter
@@ -90,9 +90,9 @@ class Kernel:
             return False
         return windows.transposed or (windows.mode == "constant" and any(map(any, windows.padding)))
 
-    def grouped(self) -> Tensor:
-        """A float64 copy of the weight as [groups, outputs, inputs, positions]."""
-        matrix = self.form.matrix(self.weight.detach().double())
+    def grouped(self, weight: Tensor | None = None) -> Tensor:
+        """A float64 copy of the weight, or of anything of its shape, as [groups, outputs, inputs, positions]."""
+        matrix = self.form.matrix((self.weight if weight is None else weight).detach().double())
         return matrix.reshape(*matrix.shape[:2], -1, self._positions)
 
     def factors(self, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Tensor:
@@ -106,9 +106,13 @@ class Kernel:
             found = found * inputs.double().view(form.groups, 1, -1, 1)
         return form.weight(found.reshape(form.groups, form.outputs, form.inputs), self.weight.shape)
 
-    def response(self, values: Tensor) -> Tensor:
-        """What a constant input, `values` [inputs], adds to each output channel away from borders: [outputs]."""
-        return torch.einsum("goip,gi->go", self.grouped(), values.double().view(self.form.groups, -1)).reshape(-1)
+    def response(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
+        """What a constant input, `values` [inputs], adds to each output channel away from borders: [outputs].
+
+        weight: another one of the same shape in place of the kernel's own.
+        """
+        grouped = self.grouped(weight)
+        return torch.einsum("goip,gi->go", grouped, values.double().view(self.form.groups, -1)).reshape(-1)
 
     @torch.no_grad()
     def shift_bias(self, shift: Tensor) -> None:
@@ -163,7 +167,7 @@ class Uses:
                 return f"the {part} of {kernel.name!r} is used {self._parameters[id(parameter)]} times"
         return ""
 
-    def only_user(self, layer: Layer) -> "Layer | str":
+    def only_user(self, layer: Layer) -> Layer | str:
         """The one layer that takes the layer's value, or why there is no such one."""
         if id(layer) in self._results:
             return f"{layer.name!r} is a result of the model"
@@ -174,45 +178,44 @@ class Uses:
 
 
 @dataclass(frozen=True)
-class Link:
-    """Two kernels with layers between that let a positive factor a channel pass.
+class Path:
+    """The way to the kernel that takes a layer's channels, through layers that let a positive factor a channel pass.
 
-    first, second: channel c of the first one's output is input channel c of the second, or its `repeat` inputs from
-    c * repeat on where a flatten stands between. between: the layers passed, in order. clipped: those among them that
-    cut at an upper bound (ReLU6): factors pass only when they are replaced by ReLU.
+    second: the kernel reached. repeat: channel c is its inputs from c * repeat on, more than one where a flatten stands
+    between. between: the layers passed, in order. clipped: those among them that cut at an upper bound (ReLU6): factors
+    pass them only when they are replaced by ReLU.
     """
 
-    first: Kernel
     second: Kernel
+    repeat: int
     between: tuple[Layer, ...]
-    repeat: int = 1
-    clipped: tuple[Layer, ...] = ()
+    clipped: tuple[Layer, ...]
 
 
-def links(graph: LayerGraph) -> "tuple[list[Link], dict[str, str]]":
+@dataclass(frozen=True)
+class Link(Path):
+    """Two kernels: a channel may be divided by any positive factor in one and multiplied by it in the other."""
+
+    first: Kernel
+
+
+def links(graph: LayerGraph) -> tuple[list[Link], dict[str, str]]:
     """Every link in order of execution, and for each kernel without one what stands in the way."""
     uses, found, reasons = Uses(graph), [], {}
     for layer in graph:
-        kernel = kernel_of(layer)
-        if kernel is None:
+        first = kernel_of(layer)
+        if first is None:
             continue
-        link = follow(uses, kernel)
-        if isinstance(link, Link):
-            found.append(link)
+        path = uses.sharing(first) or follow(uses, layer, first.channel_axis)
+        if isinstance(path, Path):
+            found.append(Link(path.second, path.repeat, path.between, path.clipped, first))
         else:
-            reasons[kernel.name] = link
+            reasons[first.name] = path
     return found, reasons
 
 
-def follow(uses: Uses, first: Kernel) -> "Link | str":
-    """The link from `first` to the kernel that takes its channels, or what stands in the way."""
-    if reason := uses.sharing(first):
-        return reason
-    return follow_from(uses, first.layer, first, first.channel_axis)
-
-
-def follow_from(uses: Uses, start: Layer, first: Kernel, axis: int) -> "Link | str":
-    """As `follow`, from the layer `start` whose channels lie on `axis`."""
+def follow(uses: Uses, start: Layer, axis: int) -> Path | str:
+    """The path from `start`, whose channels lie on `axis`, to the kernel that takes them; or what stands in the way."""
     current, repeat = start, 1
     between: list[Layer] = []
     clipped: list[Layer] = []
@@ -222,10 +225,10 @@ def follow_from(uses: Uses, start: Layer, first: Kernel, axis: int) -> "Link | s
             return user
         second = kernel_of(user)
         if second is not None:
-            fits = second.source is current and _takes(second, current, axis, repeat)
+            fits = second.source is current and takes(second, current, axis, repeat)
             reason = uses.sharing(second) if fits else f"{second.name!r} takes other channels"
-            return reason or Link(first, second, tuple(between), repeat, tuple(clipped))
-        passed = _passes(user, current, axis, repeat)
+            return reason or Path(second, repeat, tuple(between), tuple(clipped))
+        passed = passes(user, current, axis, repeat)
         if passed is None:
             return f"{user.name!r} ({user.title}) follows"
         axis, repeat = passed
@@ -268,16 +271,8 @@ def upper_bound(layer: Layer) -> float | None:
     return float(high) if plain and low == 0 and high > 0 else None
 
 
-def _takes(kernel: Kernel, source: Layer, axis: int, repeat: int) -> bool:
-    """Whether the kernel's input channels are those on `axis` of `source`, `repeat` of them a channel."""
-    rank = len(source.shape or ())
-    if kernel.form.windows is not None:
-        return axis == 1 and repeat == 1 and rank == len(kernel.form.windows.kernel) + 2
-    return axis == rank - 1
-
-
-def _passes(layer: Layer, source: Layer, axis: int, repeat: int) -> tuple[int, int] | None:
-    """(axis, repeat) after `layer`, None where a factor a channel does not pass it."""
+def passes(layer: Layer, source: Layer, axis: int, repeat: int) -> tuple[int, int] | None:
+    """(axis, inputs a channel) after `layer`, None where a factor a channel does not pass it."""
     before, after = source.shape, layer.shape
     if before is None or after is None or not layer.args or layer.args[0] is not source:
         return None
@@ -295,6 +290,14 @@ def _passes(layer: Layer, source: Layer, axis: int, repeat: int) -> tuple[int, i
     if layer.kind == "reshape" and (isinstance(layer.module, nn.Flatten) or layer.function_name in _ROW_MAJOR):
         return _after_reshape(before, after, axis, repeat)
     return None
+
+
+def takes(kernel: Kernel, source: Layer, axis: int, repeat: int) -> bool:
+    """Whether the kernel's input channels are those on `axis` of `source`, `repeat` of them a channel."""
+    rank = len(source.shape or ())
+    if kernel.form.windows is not None:
+        return axis == 1 and repeat == 1 and rank == len(kernel.form.windows.kernel) + 2
+    return axis == rank - 1
 
 
 def _pads_with_nothing(layer: Layer) -> bool:

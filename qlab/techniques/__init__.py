@@ -1,5 +1,17 @@
 """Techniques that win back accuracy, one file each; importing one here is all it takes to offer it."""
 
+from qlab.techniques.batch_norm_folding import BatchNormFolding
+from qlab.techniques.batch_norm_reestimation import BatchNormReestimation
+from qlab.techniques.bias_correction import BiasCorrection
+from qlab.techniques.cross_layer_equalization import CrossLayerEqualization
 from qlab.techniques.technique import TECHNIQUES, Report, Technique
 
-__all__ = ["TECHNIQUES", "Report", "Technique"]
+__all__ = [
+    "TECHNIQUES",
+    "BatchNormFolding",
+    "BatchNormReestimation",
+    "BiasCorrection",
+    "CrossLayerEqualization",
+    "Report",
+    "Technique",
+]
