@@ -31,8 +31,8 @@ class Dashboard(View):
             [self.score, ipywidgets.VBox([ipywidgets.HBox([self._undo, self._redo, self._title]), self.jobs])],
             layout=ipywidgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="4px 24px"),
         )
-        self.table.layout.flex, self.table.layout.min_width = "1 1 560px", "0"
-        self.histogram.layout.flex, self.histogram.layout.min_width = "1 1 420px", "0"
+        self.table.layout.flex, self.table.layout.min_width = "3 1 640px", "0"
+        self.histogram.layout.flex, self.histogram.layout.min_width = "2 1 400px", "0"
         main = ipywidgets.HBox(
             [self.table, self.histogram],
             layout=ipywidgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="8px 16px"),

@@ -7,7 +7,7 @@ from typing import Any
 from qlab.errors import Busy
 from qlab.lab import Lab
 from qlab.lab.rows import LayerRow
-from qlab.quantization import RULE_NAMES, SCHEME_NAMES
+from qlab.quantization import RULE_NAMES
 from qlab.views.cell_editors import Choice, Flag, Scalar
 from qlab.views.layer_grid import Column, LayerGrid
 from qlab.views.view import View
@@ -19,13 +19,11 @@ _NO_CHOICE: tuple[Scalar, ...] = ()
 _COLUMNS = (
     Column("name", "layer"),
     Column("title", "kind"),
-    Column("parameters", format=",d", help="parameters of the layer's own module"),
     Column("weight_bits", "bits", "weight", editor=Choice(BITS)),
     Column("weight_granularity", "grids", "weight", editor=Choice(("per_tensor", "per_channel"))),
     Column("weight_enabled", "on", "weight", editor=Flag(), help="whether the weight is quantized"),
     Column("weight_sqnr", "SQNR", "weight", ".1f", FULL_BAR_DB, help="signal to quantization noise of the weight, dB"),
     Column("output_bits", "bits", "output", editor=Choice(BITS)),
-    Column("output_scheme", "scheme", "output", editor=Choice(SCHEME_NAMES)),
     Column("output_rule", "range", "output", editor=Choice(RULE_NAMES), help="how the range is chosen"),
     Column("output_enabled", "on", "output", editor=Flag(), help="whether the output is quantized"),
     Column("output_sqnr", "SQNR", "output", ".1f", FULL_BAR_DB, help="of the output alone, from its histogram, dB"),
@@ -44,7 +42,6 @@ class _Cells:
     def of(cls, row: LayerRow, noise: float | None) -> "_Cells":
         values: dict[str, Any] = {column.name: getattr(row, column.name, None) for column in _COLUMNS}
         values["noise"] = noise
-        values["parameters"] = row.parameters or None
         owns_output = row.grid == row.name
         fixed: list[str] = []
         for column in _COLUMNS:
