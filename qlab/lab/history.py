@@ -1,7 +1,8 @@
 """Steps that can be undone, redone and compared: small for edits, whole snapshots for techniques under a budget.
 
 A step holds the states of the quantizers that it changed; what a quantizer was at any step is the latest state up to
-it. Weights belong to an epoch, which a technique begins; a snapshot of an epoch is taken when it is left.
+it. Weights belong to an epoch, which a technique begins, and of which a snapshot is kept from its beginning, so that
+even a change made behind the lab's back can be undone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,7 +29,7 @@ class Step:
 
     number: int
     action: Action | None
-    states: Mapping[str, QuantizerState]
+    states: dict[str, QuantizerState]
     rows: Mapping[str, LayerRow]
     epoch: int
     size_bytes: int
@@ -56,6 +57,7 @@ class History:
         self._snapshots: dict[int, Snapshot] = {}
         self.steps = [Step(0, None, self.states(sim.quantizers), dict(rows), 0, size_bytes)]
         self.position = 0
+        self._keep_weights()
 
     @property
     def current(self) -> Step:
@@ -80,8 +82,8 @@ class History:
             found[name] = state
         return found
 
-    def leave_epoch(self) -> None:
-        """Remembers the weights as they are, before something changes them."""
+    def _keep_weights(self) -> None:
+        """Remembers the weights of the present epoch while they are there: anything may change them next."""
         epoch = self.current.epoch
         if epoch not in self._snapshots:
             self._snapshots[epoch] = Snapshot(self._sim)
@@ -106,6 +108,8 @@ class History:
         step = Step(self.position + 1, action, self.states(names), dict(rows), epoch, size_bytes, seconds)
         self.steps.append(step)
         self.position = step.number
+        if new_weights:
+            self._keep_weights()
         return step
 
     def is_reachable(self, number: int) -> bool:
@@ -124,7 +128,7 @@ class History:
                 f"{self._max_bytes:,} bytes (Lab's max_history_bytes), or were changed outside the lab."
             )
         if target.epoch != current.epoch:
-            self.leave_epoch()
+            self._keep_weights()
             self._snapshots[target.epoch].restore()
             names = set(self._sim.quantizers)
         else:
@@ -184,6 +188,9 @@ class History:
                 return
             if epoch != newest:
                 del self._snapshots[epoch]
+                for step in self.steps:
+                    if step.epoch == epoch:
+                        step.states.clear()  # roundings are as large as weights, and nobody can go there any more
         if self._snapshots[newest].bytes > self._max_bytes:
             del self._snapshots[newest]
 

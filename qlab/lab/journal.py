@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from qlab.errors import SpecError
-from qlab.lab.code import Code, call_of, literal, technique_code
-from qlab.quantization import Encoding, Quantizer
-from qlab.sim import QuantSim
+from qlab.lab.code import Code, call_of, literal, plain, technique_code
+from qlab.quantization import Encoding, Quantizer, QuantSpec, WeightQuantizer
+from qlab.sim import Batches, QuantSim
+from qlab.sim.log import LogEntry, Marks
 from qlab.techniques import Technique
 
 PARTS = ("weight", "output")
@@ -34,12 +35,10 @@ class Named:
     @classmethod
     def find(cls, value: object, known: Mapping[str, object], what: str) -> "Named":
         """The name among `known`, or among the variables of the notebook, that holds `value`."""
-        notebook = vars(sys.modules["__main__"])
-        own = ((k, v) for k, v in list(notebook.items()) if not k.startswith("_"))
-        for name, held in (*known.items(), *own):
-            if held is value:
-                return cls(name, what)
-        return cls(None, what)
+        own = ((k, v) for k, v in list(vars(sys.modules["__main__"]).items()) if not k.startswith("_"))
+        wanted = _data(value)
+        name = next((name for name, held in (*known.items(), *own) if _data(held) is wanted), None)
+        return cls(name, what)
 
 
 class Action(ABC):
@@ -93,8 +92,10 @@ class Set(Edit):
         arguments = ", ".join(f"{key}={literal(value)}" for key, value in self.settings.items())
         if len(self.layers) == 1:
             return Code.line(f"sim[{self.layers[0]!r}].{self.part}.set({arguments})")
-        names = "".join(f"    {name!r},\n" for name in self.layers)
-        return Code(f"for name in [\n{names}]:\n    sim[name].{self.part}.set({arguments})\n")
+        names = repr(list(self.layers))
+        if len(names) > 100:
+            names = "[\n" + "".join(f"    {name!r},\n" for name in self.layers) + "]"
+        return Code(f"for name in {names}:\n    sim[name].{self.part}.set({arguments})\n")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class SetRange(Edit):
         quantizer_of(sim, self.layer, self.part).set_range(low, high)
 
     def code(self) -> Code:
-        bounds, imports = [repr(self.low), repr(self.high)], ()
+        bounds = [repr(self.low), repr(self.high)]
+        imports: tuple[str, ...] = ()
         if isinstance(self.low, tuple) and isinstance(self.high, tuple):
             bounds, imports = [f"torch.tensor({list(bound)})" for bound in (self.low, self.high)], ("import torch",)
         return Code.line(f"sim[{self.layer!r}].{self.part}.set_range({', '.join(bounds)})", imports)
@@ -192,28 +194,6 @@ class SetEncoding(Edit):
             rest += [f"block_size={encoding.block_size}", f"block_axis={encoding.block_axis}"]
         value = f"qlab.Encoding({', '.join(tensors + rest)})"
         return Code(f"{where}.encoding = {value}\n{where}.frozen = {self.frozen}\n", ("import torch",))
-
-
-@dataclass(frozen=True)
-class Several(Edit):
-    """Edits that were noticed together, as one step."""
-
-    edits: tuple[Edit, ...]
-    verb = "set"
-
-    @property
-    def label(self) -> str:
-        return self.edits[0].label if len(self.edits) == 1 else f"{len(self.edits)} changes in a cell"
-
-    def targets(self, sim: QuantSim) -> list[Quantizer]:
-        return distinct(quantizer for edit in self.edits for quantizer in edit.targets(sim))
-
-    def perform(self, sim: QuantSim) -> None:
-        for edit in self.edits:
-            edit.perform(sim)
-
-    def code(self) -> Code:
-        return Code.joined(edit.code() for edit in self.edits)
 
 
 @dataclass(frozen=True)
@@ -261,6 +241,26 @@ class Apply(Action):
 
 
 @dataclass(frozen=True)
+class Noticed(Action):
+    """What was done in a cell between two looks, as one step."""
+
+    actions: tuple[Action, ...]
+
+    @property
+    def verb(self) -> str:  # type: ignore[override]
+        """That of the last action that is more than an edit, if there is one."""
+        return next((a.verb for a in reversed(self.actions) if not isinstance(a, Edit)), self.actions[-1].verb)
+
+    @property
+    def label(self) -> str:
+        larger = [action for action in self.actions if not isinstance(action, Edit)] or list(self.actions)
+        return larger[0].label if len(larger) == 1 else f"{len(self.actions)} changes in a cell"
+
+    def code(self) -> Code:
+        return Code.joined(action.code() for action in self.actions)
+
+
+@dataclass(frozen=True)
 class Foreign(Action):
     """Something that was done to the sim by other code, of which only the fact is known."""
 
@@ -273,6 +273,44 @@ class Foreign(Action):
 
     def code(self) -> Code:
         return Code.missing(self.what, "the lab did not see how")
+
+
+def action_of(entry: LogEntry, known: Mapping[str, object]) -> Action:
+    """The action that a log entry tells of; `known` are names that data and score have in the script."""
+    batches = None if entry.batches is None else Named.find(entry.batches, known, "its data has no name")
+    score = None if entry.score is None else Named.find(entry.score, known, "its score has no name")
+    if isinstance(entry.what, Technique):
+        return Apply(entry.what, batches, score)
+    if entry.what == "calibrate" and batches is not None:
+        return Calibrate(batches)
+    return Foreign(f"{entry.what} in another process")
+
+
+def edits_between(sim: QuantSim, before: Marks, after: Marks) -> list[Action]:
+    """What leads from the settings of one moment to those of a later one, where nothing else happened in between."""
+    found: list[Action] = []
+    for name, new in after.settings.items():
+        old, quantizer = before.settings[name], sim.quantizers[name]
+        assert isinstance(quantizer, Quantizer)
+        part = "weight" if isinstance(quantizer, WeightQuantizer) else "output"
+        changed = {key: getattr(new.spec, key) for key in QuantSpec.__dataclass_fields__}
+        changed = {key: plain(value) for key, value in changed.items() if value != getattr(old.spec, key)}
+        if new.enabled != old.enabled:
+            changed["enabled"] = new.enabled
+        if old.frozen and not new.frozen:
+            changed["frozen"] = False
+        if changed:
+            found.append(Set((quantizer.name,), part, changed))
+        if new.encoding is not None and (changed or not new.encoding.equals(old.encoding)):
+            found.append(SetEncoding(quantizer.name, part, new.encoding, True))
+    if before.weights != after.weights:
+        found.append(Foreign("weights were changed by other code"))
+    return found
+
+
+def _data(value: object) -> object:
+    """What batches were made of, so that a loader is known again however it was wrapped."""
+    return value.source if isinstance(value, Batches) else value
 
 
 def quantizer_of(sim: QuantSim, layer: str, part: str) -> Quantizer:

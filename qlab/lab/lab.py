@@ -20,7 +20,7 @@ from qlab.lab.jobs import EngineLock, Job, Worker
 from qlab.lab.journal import Apply, Calibrate, Configure, Edit, Foreign, Named, Set, SetRange, quantizer_of
 from qlab.lab.rows import LayerRow, differences, size_bytes, table
 from qlab.lab.scores import Scoreboard, Scores
-from qlab.lab.script import Beginning, script_of
+from qlab.lab.script import beginning_of, script_of
 from qlab.lab.state import LabState
 from qlab.lab.tasks import Measuring, analysis_work, changing, function_work
 from qlab.progress import Bar
@@ -57,18 +57,21 @@ class Lab:
         self.events = LabEvents()
         self.live = False
         self.selected: tuple[str, ...] = ()
-        self._given = {"batches": batches, "score": score}
-        self._beginning = Beginning.of(sim)
+        self._given = {"batches": self.batches.source, "score": score}
         if any(isinstance(q, Quantizer) and q.encoding is None for q in sim.quantizers.values()):
             with Bar("calibrating") as bar:
                 sim.calibrate(self.batches, progress=bar)
         probe = list(islice(self.batches, probe_batches))
         if not probe:
             raise InputError("a Lab needs at least one batch to look at; the iterable was empty.")
+        known = {name: held for name, held in self._given.items() if held is not None}
+        if self.score is not None and self.score.batches is not None:
+            known["score.batches"] = self.score.batches
+        self._known = known
+        self._beginning = beginning_of(sim, known)
         self._lock = EngineLock()
-        self._state = LabState(
-            sim, Scoreboard(sim, probe, self.score, self._lock, max_bytes), self._lock, max_history_bytes
-        )
+        board = Scoreboard(sim, probe, self.score, self._lock, max_bytes)
+        self._state = LabState(sim, board, self._lock, max_history_bytes, known)
         self._worker = Worker(self._lock)
         self._measure = Measuring(self._state, self.events)
         self._measuring: Job | None = None
@@ -157,7 +160,7 @@ class Lab:
         self._refuse_inside("calibrate", "Calibrate before or after it.")
         data = self._given["batches"] if batches is None else batches
         source = self.batches if batches is None else Batches(batches)
-        action = Calibrate(self._named(data, "the data given to lab.calibrate has no name"))
+        action = Calibrate(self._named(data, "its data has no name"))
 
         def work(job: Job) -> None:
             self.sim.calibrate(source, progress=job)
@@ -384,8 +387,8 @@ class Lab:
         use_score = judge is not None and (technique.needs_score or judge_given)
         action = Apply(
             technique,
-            self._named(data, "its data has no name in the notebook") if use_data else None,
-            self._named(judge, "its score has no name in the notebook") if use_score else None,
+            self._named(data, "its data has no name") if use_data else None,
+            self._named(judge, "its score has no name") if use_score else None,
         )
         source = Batches(data) if use_data else None
 
@@ -395,10 +398,7 @@ class Lab:
         return self._launch(self._changing(action, work, True), type(technique).__name__, changes=True)
 
     def _named(self, value: object, what: str) -> Named:
-        known = {key: held for key, held in self._given.items() if held is not None}
-        if self.score is not None and self.score.batches is not None:
-            known["score.batches"] = self.score.batches
-        return Named.find(value, known, what)
+        return Named.find(value, self._known, what)
 
 
 def _new_dashboard(lab: Lab) -> Any:

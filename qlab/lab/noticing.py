@@ -4,15 +4,16 @@ Versions are compared, which is cheap; only where one has grown are settings com
 edit that is tried out, so that the journal tells what leads to the state and not merely what was assigned.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from qlab.lab.history import same_statistics
-from qlab.lab.journal import Action, Edit, Foreign, Set, SetEncoding, Several
+from qlab.lab.journal import Action, Edit, Foreign, Noticed, Set, SetEncoding, action_of, edits_between
 from qlab.quantization import Encoding, Quantizer, QuantizerState, QuantSpec, WeightQuantizer
 from qlab.sim import QuantSim
+from qlab.sim.log import LogEntry, Marks, Setting
 
 SETTINGS = (*QuantSpec.__dataclass_fields__, "enabled", "frozen")
 
@@ -20,14 +21,19 @@ SETTINGS = (*QuantSpec.__dataclass_fields__, "enabled", "frozen")
 class Watch:
     """Remembers how a sim was when `look` was called last."""
 
-    def __init__(self, sim: QuantSim) -> None:
+    def __init__(self, sim: QuantSim, known: Mapping[str, object]) -> None:
         self._sim = sim
+        self._known = known
+        self._model: tuple[Any, ...] = ()
         self.look()
 
     def look(self) -> None:
         """Takes the sim as it is now for known."""
         self._versions = {name: _version(quantizer) for name, quantizer in self._quantizers()}
-        self._model = self._fingerprint()
+        self._logged = tuple(self._sim.log)
+        if self._model != self._fingerprint():
+            self._model = self._fingerprint()
+            self._weights = Marks.of(self._sim).weights
 
     def names_of(self, quantizers: Iterable[Quantizer]) -> list[str]:
         """The names of quantizers in `sim.quantizers`."""
@@ -44,14 +50,22 @@ class Watch:
         """Whether parameters, buffers or the graph are not those of last time."""
         return self._model != self._fingerprint()
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether anything was touched since."""
+        return bool(self.changed) or self.weights_changed or len(self._sim.log) != len(self._logged)
+
     def difference(self, states: Mapping[str, QuantizerState]) -> tuple[Action, list[str]] | None:
         """What was done since, as an action, and the quantizers concerned; None where nothing was.
 
         states: of all quantizers, as they were. Changes a quantizer for a moment, to try the action out.
         """
-        touched = [name for name in self.changed if not _same(states[name], self._sim.quantizers[name].state())]
+        entries = self._sim.log[len(self._logged) :]
+        if entries and tuple(self._sim.log[: len(self._logged)]) == self._logged:
+            return self._told(states, entries), list(states)
         if self.weights_changed:
             return Foreign("weights were changed in a cell"), list(states)
+        touched = [name for name in self.changed if not _same(states[name], _quantizer(self._sim, name).state())]
         if not touched:
             return None
         edits: list[Edit] = []
@@ -60,7 +74,17 @@ class Watch:
             if found is None:
                 return Foreign("statistics or roundings were changed in a cell"), touched
             edits += found
-        return (edits[0] if len(edits) == 1 else Several(tuple(edits))), touched
+        return (edits[0] if len(edits) == 1 else Noticed(tuple(edits))), touched
+
+    def _told(self, states: Mapping[str, QuantizerState], entries: Sequence[LogEntry]) -> Action:
+        """Calibrations and techniques in a cell, from the sim's log, with the settings made between them."""
+        settings = {name: _setting(state) for name, state in states.items()}
+        marks, actions = Marks(settings, self._weights), []
+        for entry in entries:
+            actions += [*edits_between(self._sim, marks, entry.before), action_of(entry, self._known)]
+            marks = entry.after
+        actions += edits_between(self._sim, marks, Marks.of(self._sim))
+        return actions[0] if len(actions) == 1 else Noticed(tuple(actions))
 
     def _quantizers(self) -> Iterable[tuple[str, Quantizer]]:
         return ((name, q) for name, q in self._sim.quantizers.items() if isinstance(q, Quantizer))
@@ -71,6 +95,12 @@ class Watch:
         return len(self._sim.graph.edits), tuple((id(t), t._version, t.data_ptr()) for t in tensors)
 
 
+def _quantizer(sim: QuantSim, name: str) -> Quantizer:
+    quantizer = sim.quantizers[name]
+    assert isinstance(quantizer, Quantizer)
+    return quantizer
+
+
 def _version(quantizer: Quantizer) -> tuple[int, bool]:
     _ = quantizer.encoding  # a weight's is found now if the weight has changed, so that the version counts it
     return quantizer.version, quantizer.frozen
@@ -78,8 +108,7 @@ def _version(quantizer: Quantizer) -> tuple[int, bool]:
 
 def _edits(sim: QuantSim, name: str, before: QuantizerState) -> list[Edit] | None:
     """Edits that lead from `before` to the present state, None where there are none; the state stays."""
-    quantizer = sim.quantizers[name]
-    assert isinstance(quantizer, Quantizer)
+    quantizer = _quantizer(sim, name)
     now = quantizer.state()
     part = "weight" if isinstance(quantizer, WeightQuantizer) else "output"
     changed = {key: value for key, value in _settings(now).items() if value != _settings(before)[key]}
@@ -96,6 +125,10 @@ def _edits(sim: QuantSim, name: str, before: QuantizerState) -> list[Edit] | Non
     finally:
         quantizer.set_state(now)
     return None
+
+
+def _setting(state: QuantizerState) -> Setting:
+    return Setting(state.spec, state.enabled, state.frozen, state.encoding if state.frozen else None)
 
 
 def _settings(state: QuantizerState) -> dict[str, Any]:

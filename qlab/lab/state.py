@@ -3,7 +3,7 @@
 Everything here is called with the lock held and announces nothing; `Lab` locks, refuses and announces.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from qlab.lab.history import History
 from qlab.lab.jobs import EngineLock
@@ -18,12 +18,19 @@ from qlab.sim import QuantSim
 class LabState:
     """One sim with its rows, its history and its scores."""
 
-    def __init__(self, sim: QuantSim, board: Scoreboard, lock: EngineLock, max_history_bytes: int) -> None:
+    def __init__(
+        self,
+        sim: QuantSim,
+        board: Scoreboard,
+        lock: EngineLock,
+        max_history_bytes: int,
+        known: Mapping[str, object],
+    ) -> None:
         self.sim = sim
         self.lock = lock
         self.board = board
         self.rows = Rows(sim)
-        self.watch = Watch(sim)
+        self.watch = Watch(sim, known)
         self.history = History(sim, self._all_rows(), size_bytes(sim), max_history_bytes)
 
     def edit(self, edit: Edit) -> tuple[str, ...]:
@@ -44,7 +51,7 @@ class LabState:
 
     def notice(self) -> tuple[str, ...]:
         """Makes a step of what was done to the sim elsewhere; returns the layers whose rows changed."""
-        if not self.watch.changed and not self.watch.weights_changed:
+        if not self.watch.has_changes:
             return ()
         weights_changed = self.watch.weights_changed
         found = self.watch.difference(self.history.states_at(self.history.position, self.sim.quantizers))

@@ -27,7 +27,6 @@ def changing(
             state.notice()
             if weights:
                 state.board.measure_float(job)
-                state.history.leave_epoch()
                 state.board.replay.forget()  # its memory serves the technique better
             state.board.version += 1
             value = work(job)

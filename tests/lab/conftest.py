@@ -1,7 +1,6 @@
 """A small network with folding, a residual addition and a linear layer, captured once for all tests of the lab."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import qlab
 from qlab.progress import Progress
+from qlab.settings import setting
 from qlab.sim import Batches, QuantSim
 from qlab.techniques import Report, Technique
 
@@ -33,8 +33,8 @@ class Network(nn.Module):
 class _Nudge(Technique):  # the underscore keeps it out of TECHNIQUES
     """Adds to every weight in a number of steps; what a test does at each step is up to it."""
 
-    steps: int = qlab.settings.setting(3, "how many", minimum=1)
-    at_step: Callable[[int], Any] | None = qlab.settings.setting(None, "called at each step", hidden=True)
+    steps: int = setting(3, "how many", minimum=1)
+    at_step: Any = setting(None, "called at each step", hidden=True)  # noqa: RUF009
 
     def run(self, sim: QuantSim, batches: Batches | None, score: Any, progress: Progress) -> Report:
         with torch.no_grad():
@@ -93,6 +93,7 @@ def state_of(sim: QuantSim) -> dict[str, Any]:
     """Everything that computes in a sim: weights, and each quantizer's settings, grid and roundings."""
     found: dict[str, Any] = {f"model.{k}": v.clone() for k, v in sim.model.state_dict().items()}
     for name, quantizer in sim.quantizers.items():
+        _ = quantizer.encoding  # a weight's grid is found when it is first looked at
         state = quantizer.state()
         found[name] = (state.spec, state.enabled, state.frozen)
         for part in ("scale", "zero_point"):
