@@ -157,6 +157,7 @@ class Quantizer(nn.Module):
 
     @frozen.setter
     def frozen(self, frozen: bool) -> None:
+        _ = self.encoding  # that of a changed weight is found before it is held
         self._frozen = bool(frozen)
 
     # Statistics and encoding ------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ class Quantizer(nn.Module):
         """Keeps the encoding (or the one given) until a setting is changed by hand."""
         if encoding is not None:
             self.encoding = encoding
-        self._frozen = True
+        self.frozen = True
 
     def set_range(self, low: float | Tensor, high: float | Tensor) -> None:
         """Sets and freezes the grid that covers [low, high]: numbers per tensor, tensors [C] per channel."""

@@ -59,6 +59,7 @@ class WeightQuantizer(Quantizer):
     @encoding.setter
     def encoding(self, encoding: Encoding | None) -> None:
         Quantizer.encoding.fset(self, encoding)  # type: ignore[attr-defined]
+        self._fitted = self._fingerprint()  # it stays until the weight changes
 
     @property
     def rounding(self) -> Tensor | None:

@@ -166,3 +166,36 @@ def test_half_precision_of_the_model_does_not_round_the_grid():
     scale = quantizer.scale.clone()
     quantizer.half()
     assert torch.equal(quantizer.scale, scale)
+
+
+def changed_weight() -> tuple[WeightQuantizer, nn.Linear]:
+    linear = nn.Linear(4, 3)
+    quantizer = WeightQuantizer(QuantSpec(8, "symmetric"), "fc", linear, "weight")
+    _ = quantizer.encoding
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    return quantizer, linear
+
+
+def test_freezing_holds_the_grid_of_the_weight_as_it_is_and_not_as_it_was_last_looked_at():
+    quantizer, linear = changed_weight()
+    quantizer.frozen = True
+    fresh = WeightQuantizer(QuantSpec(8, "symmetric"), "fc", linear, "weight")
+    assert quantizer.encoding.equals(fresh.encoding)
+    other, linear = changed_weight()
+    other.freeze()
+    fresh = WeightQuantizer(QuantSpec(8, "symmetric"), "fc", linear, "weight")
+    assert other.encoding.equals(fresh.encoding)
+
+
+def test_an_encoding_given_to_a_changed_weight_is_not_overwritten():
+    given = Encoding(torch.tensor(0.25), torch.tensor(0.0), -8, 7)
+    quantizer, linear = changed_weight()
+    quantizer.encoding = given
+    assert quantizer.encoding.equals(given)
+    frozen, linear = changed_weight()
+    frozen.freeze(given)
+    assert frozen.encoding.equals(given)
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    assert frozen.encoding.equals(given)
