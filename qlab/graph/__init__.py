@@ -4,6 +4,7 @@ from qlab.graph.capture import capture, example_arguments
 from qlab.graph.kinds import KNOWN_RANGES, SAME_GRID, WEIGHTED
 from qlab.graph.layer_graph import FoldedNorm, Layer, LayerGraph, call_layer, fill
 from qlab.graph.linear_form import LinearForm, linear_form
+from qlab.graph.origins import Origin, Source, is_mask_value, origins
 from qlab.graph.replay import Replay
 
 __all__ = [
@@ -14,10 +15,14 @@ __all__ = [
     "Layer",
     "LayerGraph",
     "LinearForm",
+    "Origin",
     "Replay",
+    "Source",
     "call_layer",
     "capture",
     "example_arguments",
     "fill",
+    "is_mask_value",
     "linear_form",
+    "origins",
 ]

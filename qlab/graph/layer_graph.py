@@ -21,7 +21,7 @@ Call = Callable[["Layer", tuple[Any, ...], dict[str, Any]], Any]
 
 
 # Function name to (position of the weight operand, its output channel axis).
-_WEIGHT_POSITION = {
+WEIGHT_POSITION = {
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "convolution"), (1, 0)),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), (1, 1)),
     **dict.fromkeys(("matmul", "mm", "bmm"), (1, -1)),
@@ -112,7 +112,7 @@ class Layer:
                 return None
             transposed = self.kind == "conv_transpose" and not is_depthwise(self.module)
             return (self.module, "weight", int(transposed)) if isinstance(weight, Tensor) else None
-        position = _WEIGHT_POSITION.get(self.function_name)
+        position = WEIGHT_POSITION.get(self.function_name)
         if position is None or len(self.args) <= position[0]:
             return None
         operand = self.args[position[0]]

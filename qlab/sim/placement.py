@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
+from torch import nn
+
 from qlab.errors import UnknownLayer, nearest
-from qlab.graph import KNOWN_RANGES, SAME_GRID, Layer, LayerGraph
+from qlab.graph import KNOWN_RANGES, SAME_GRID, Layer, LayerGraph, Origin, Source, is_mask_value, origins
+from qlab.graph.weight_views import viewed_weight, views_of
 from qlab.quantization import PER_TENSOR, Quantizer, QuantSpec, WeightQuantizer
 from qlab.sim.presets import Preset
 
@@ -49,9 +52,14 @@ def place(graph: LayerGraph, preset: Preset) -> dict[str, Placed]:
     }
     weights = _place_weights(graph, preset, skipped, placed)
     followers = _fused(graph, preset, skipped)
+    known = origins(graph)
     for layer in graph:
         if placed[layer.name] is None:
-            placed[layer.name] = _place_output(layer, preset, skipped, placed, followers)  # type: ignore[arg-type]
+            placed[layer.name] = (
+                _before_activations(layer, known[layer.name])
+                or _masked(layer, known, placed)
+                or _place_output(layer, preset, skipped, placed, followers, known)
+            )
     for layer in reversed(graph.layers):  # a fused layer is governed by the quantizer of its group
         entry = placed[layer.name]
         if entry is not None and layer.name in followers:
@@ -102,7 +110,7 @@ def _place_weights(
     quantizers: dict[int, WeightQuantizer] = {}
     result: dict[str, WeightQuantizer] = {}
     for layer in graph:
-        source = layer.weight_source
+        source = _weight_of(layer)
         if source is None or layer.name in skipped:
             continue
         owner, attribute, axis = source
@@ -119,20 +127,34 @@ def _place_weights(
         if layer.owner is None:
             continue
         value = getattr(layer.owner, layer.attribute)
-        uses = [user for user in layer.users if user.name in result and result[user.name].weight is value]
-        if uses and len(uses) == len(layer.users):
-            entry = Placed(layer, Role.FUSED, f"the weight of {uses[0].name!r}", carries_weight=True)
-            entry.weight = result[uses[0].name]
-            placed[layer.name] = entry
-        elif layer.users and all(_is_small_operand(layer, user) for user in layer.users):
-            placed[layer.name] = Placed(layer, Role.FLOAT, "a bias or normalisation parameter, kept in float")
+        views, uses = views_of(layer)
+        weighted = [user for _, user in uses if user.name in result and result[user.name].weight is value]
+        if weighted and len(weighted) == len(uses):
+            role, reason = Role.FUSED, f"the weight of {weighted[0].name!r}"
+            placed[layer.name] = Placed(layer, role, reason, weight=result[weighted[0].name], carries_weight=True)
+        elif uses and all(_is_small_operand(operand, user) for operand, user in uses):
+            role, reason = Role.FLOAT, "a bias or normalisation parameter, kept in float"
+            placed[layer.name] = Placed(layer, role, reason)
+        else:
+            continue
+        for view in views:
+            placed[view.name] = Placed(view, role, f"part of {layer.name!r}, {reason}")
     return result
+
+
+def _weight_of(layer: Layer) -> tuple[nn.Module, str, int] | None:
+    """(owner, attribute, axis of output channels) of the layer's weight, whole or sliced or transposed."""
+    if (viewed := viewed_weight(layer)) is None:
+        return layer.weight_source
+    parameter, axis = viewed
+    assert parameter.owner is not None
+    return parameter.owner, parameter.attribute, axis
 
 
 def _is_small_operand(parameter: Layer, user: Layer) -> bool:
     """Whether `parameter` is a bias or normalisation operand of `user`, which targets keep at higher precision."""
     norms = ("layer_norm", "batch_norm", "group_norm", "rms_norm", "instance_norm", "prelu")
-    if user.kind in norms or user.kind in RECURRENT:
+    if user.kind in norms:
         return True
     if user.function_name == "addmm":
         return bool(user.args) and user.args[0] is parameter
@@ -182,8 +204,9 @@ def _place_output(
     layer: Layer,
     preset: Preset,
     skipped: set[str],
-    placed: dict[str, Placed],
+    placed: dict[str, Placed | None],
     followers: dict[str, Layer],
+    known: dict[str, Origin],
 ) -> Placed:
     if layer.name in skipped:
         return Placed(layer, Role.FLOAT, "skipped by the preset")
@@ -191,47 +214,79 @@ def _place_output(
         return Placed(layer, Role.FUSED, f"one with {followers[layer.name].name!r}")
     if layer.kind == "input" and not preset.quantize_inputs:
         return Placed(layer, Role.FLOAT, "inputs stay in float")
-    if _is_mask(layer):
-        return Placed(layer, Role.FLOAT, "an attention mask, not a value")
-    if layer.kind in SAME_GRID:
-        return _inherit(layer, placed, preset)
+    if layer.kind in SAME_GRID and (inherited := _inherit(layer, placed, known)) is not None:
+        return inherited
     spec = _spec(preset, layer.kind, "output")
     if spec is None:
         return Placed(layer, Role.FLOAT, f"the preset keeps {layer.kind} in float")
     note = ""
-    if layer.kind in KNOWN_RANGES:
+    if layer.kind in KNOWN_RANGES and spec.known_range is None:
         spec = replace(spec, known_range=KNOWN_RANGES[layer.kind], granularity=PER_TENSOR)
     if layer.kind == "attention":
         note = "scores inside the fused attention stay in float; qlab.prepare makes them layers"
     return Placed(layer, Role.QUANTIZED, note, Quantizer(spec, layer.name, layer.channel_axis))
 
 
-def _inherit(layer: Layer, placed: dict[str, Placed], preset: Preset) -> Placed:
-    sources = [source for source in layer.inputs if placed.get(source.name) is not None and _has_values(source)]
-    source = sources[0] if sources else None
-    if source is None:
+def _before_activations(layer: Layer, origin: Origin) -> Placed | None:
+    """FLOAT for masks and for what is computed from constants or integers before it meets an activation."""
+    if origin.source is Source.ACTIVATION:
+        return None
+    if origin.mask:
+        return Placed(layer, Role.FLOAT, "an attention mask, not a value")
+    if origin.flag:
+        return Placed(layer, Role.FLOAT, "made from booleans: 0 or 1 on any grid")
+    if origin.folds:
+        made = "constants" if origin.source is Source.CONSTANT else "integers"
+        return Placed(layer, Role.FLOAT, f"computed from {made} alone, before any activation")
+    if layer.users and all(user.kind in RECURRENT for user in layer.users):
+        return Placed(layer, Role.FLOAT, "a state or parameter of a recurrent layer, which stays in float")
+    return None
+
+
+def _masked(layer: Layer, known: dict[str, Origin], placed: dict[str, Placed | None]) -> Placed | None:
+    """The role of activations with a mask among them; softmax, which follows, has a grid again.
+
+    An added mask leaves values as they are or hides them: they stay on their grid. Any other arithmetic would need a
+    grid that holds both the values and the mask.
+    """
+    if not known[layer.name].mask or layer.kind in SAME_GRID:
+        return None
+    values = [source for source in layer.inputs if source.is_float and not _is_mask(source, known)]
+    origin = placed[values[0].name] if len(values) == 1 else None
+    if layer.kind == "add" and origin is not None and origin.output is not None:
+        return Placed(
+            layer, Role.INHERITS, f"adds a mask to values on the grid of {origin.output.name!r}", origin.output
+        )
+    return Placed(layer, Role.FLOAT, "values and a mask, which no grid holds together")
+
+
+def _is_mask(layer: Layer, known: dict[str, Origin]) -> bool:
+    """Whether the layer is a mask and nothing else."""
+    return known[layer.name].mask and known[layer.name].source is not Source.ACTIVATION
+
+
+def _inherit(layer: Layer, placed: dict[str, Placed | None], known: dict[str, Origin]) -> Placed | None:
+    """The role of a layer that passes values on, None where it needs a grid of its own."""
+    sources = [s for s in layer.inputs if placed[s.name] is not None and _has_values(s) and not _is_mask(s, known)]
+    grids = {id(placed[source.name].output): source for source in sources}  # type: ignore[union-attr]
+    others = [v for v in layer.args[1:] if isinstance(v, (int, float)) and v != 0 and not is_mask_value(v)]
+    if len(grids) > 1 or (layer.function_name == "masked_fill" and others):
+        return None  # values of several grids, or a number that the grid may not hold
+    if not sources:
         return Placed(layer, Role.FLOAT, "its values come from no quantized tensor")
+    source = sources[0]
     origin = placed[source.name]
+    assert origin is not None
     if origin.output is None:
-        spec = _spec(preset, layer.kind, "output")
-        if spec is not None and (layer.kind == "relu" or source.kind in RECURRENT) and layer.is_float:
-            return Placed(layer, Role.QUANTIZED, "", Quantizer(spec, layer.name, layer.channel_axis))
+        needs_own = layer.kind == "relu" or source.kind in RECURRENT or known[source.name].folds
+        if needs_own and layer.is_float:
+            return None
         return Placed(layer, Role.FLOAT, f"passes on {source.name!r}, which is float")
     return Placed(layer, Role.INHERITS, f"on the grid of {origin.output.name!r}", origin.output)
 
 
 def _has_values(layer: Layer) -> bool:
     return layer.kind in ("split", "max", "max_pool", *RECURRENT) or layer.is_float
-
-
-def _is_mask(layer: Layer) -> bool:
-    """A float constant of zeros and hugely negative numbers, or a tensor made from a boolean: a mask."""
-    if layer.owner is not None:
-        value = getattr(layer.owner, layer.attribute)
-        return value.is_floating_point() and value.numel() > 0 and bool((value.min() <= -1e30).item())
-    if layer.kind in ("mask", "cast", "full", "full_like", "triu", "tril"):
-        return not any(source.is_float or source.kind == "split" for source in layer.inputs)
-    return False
 
 
 def _share_cat(graph: LayerGraph, placed: dict[str, Placed]) -> None:
