@@ -50,9 +50,10 @@ class LabEvents:
     noise(names: tuple[str, ...])     the measured noise of these layers changed
     job_started(job: Job)             a job began to run
     job_progress(job: Job)            it moved; at most ten times a second
+    job_published(job: Job, record)   its work gave an intermediate result, such as a TrainingStep
     job_ended(job: Job)               it ended, see job.state
     history_changed()                 a step was added, undone, redone, or got its scores
-    error(exception: BaseException)   a callback of one of these signals failed, or a background measurement did
+    error(exception: BaseException)   a callback of one of these signals failed
     """
 
     edited = _signal(tuple)
@@ -61,6 +62,7 @@ class LabEvents:
     noise = _signal(tuple)
     job_started = _signal(object)
     job_progress = _signal(object)
+    job_published = _signal(object, object)
     job_ended = _signal(object)
     history_changed = _signal()
     error = _signal(object)

@@ -219,6 +219,10 @@ class Job:
             self._lock.give_turn()
         self.check()
 
+    def publish(self, record: object) -> None:
+        """Hands an intermediate result to whoever listens."""
+        self.outside(lambda: self._events.send("job_published", self, record))
+
     def check(self) -> None:
         """Raises Cancelled when asked to stop."""
         if self._stop.is_set():

@@ -373,10 +373,12 @@ class Lab:
         self.events.send("edited", edited)
         self.events.send("history_changed")
         self.events.send("scores", self.known_scores)
-        if self.live and self._state.missing:
+        if self.live and self._state.missing and not self.sim.training:  # evaluating would end a training in progress
             self.measure()
 
     def _launch(self, work: Callable[[Job], Any], title: str, changes: bool) -> Job:
+        if changes and self.live and self._measuring is not None:
+            self._measuring.cancel()  # it would be in vain; the end of the job starts another
         return self._worker.start(Job(work, title, changes, self.events))
 
     def _changing(self, action: Any, work: Callable[[Job], Any], weights: bool) -> Callable[[Job], Any]:

@@ -41,7 +41,7 @@ class LabState:
             edit.perform(self.sim)
             edited = self.affected(quantizers)
             rows = {name: self.rows.row(name) for name in edited}
-        except Exception:
+        except BaseException:
             for quantizer, state in before:
                 quantizer.set_state(state)
             self.watch.look()
