@@ -34,6 +34,7 @@ _LATER: dict[str, tuple[str, str | None]] = {
     "BiasCorrection": ("qlab.techniques", "BiasCorrection"),
     "CrossLayerEqualization": ("qlab.techniques", "CrossLayerEqualization"),
     "Lab": ("qlab.lab", "Lab"),
+    "MixedPrecision": ("qlab.techniques", "MixedPrecision"),
     "views": ("qlab.views", None),
     "plots": ("qlab.plots", None),
     "examples": ("qlab.examples", None),

@@ -4,6 +4,7 @@ from qlab.techniques.batch_norm_folding import BatchNormFolding
 from qlab.techniques.batch_norm_reestimation import BatchNormReestimation
 from qlab.techniques.bias_correction import BiasCorrection
 from qlab.techniques.cross_layer_equalization import CrossLayerEqualization
+from qlab.techniques.mixed_precision import MixedPrecision
 from qlab.techniques.technique import TECHNIQUES, Report, Technique
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "BatchNormReestimation",
     "BiasCorrection",
     "CrossLayerEqualization",
+    "MixedPrecision",
     "Report",
     "Technique",
 ]
