@@ -328,7 +328,10 @@ def _after_transpose(layer: Layer, axis: int, repeat: int, rank: int) -> tuple[i
 def _after_reshape(
     before: tuple[int | None, ...], after: tuple[int | None, ...], axis: int, repeat: int
 ) -> tuple[int, int] | None:
-    """A row-major reshape that leaves the axes up to the channels alone, or joins all from the channels on."""
+    """A row-major reshape that leaves the axes up to the channels or from them on alone, or joins the latter to one."""
+    rest = before[axis:]
+    if None not in rest and after[-len(rest) :] == rest:
+        return len(after) - len(rest), repeat
     free = [i for i, size in enumerate(before) if size is None]
     if free not in ([], [0]) or free != [i for i, size in enumerate(after) if size is None]:
         return None

@@ -22,6 +22,10 @@ from qlab.techniques.batch_norm_folding import BatchNormFolding
 from qlab.techniques.technique import Report, Technique
 
 _NEGLIGIBLE = 0.01  # a mean that moved by a hundredth of a deviation, a deviation that changed by a hundredth
+_RANGES = (
+    "activation ranges stay as they are, as they should after QAT; ranges that were only calibrated belong to the old "
+    "statistics: run sim.calibrate(batches)."
+)
 
 
 @dataclass(frozen=True)
@@ -59,20 +63,20 @@ class BatchNormReestimation(Technique):
         _write(norms, measured)
         rows = [_row(norm, *old[index]) for index, norm in norms.items()]
         values: dict[str, Any] = {"norms": len(norms), "batches": count}
-        summary = _by_size(rows, count)
+        summary, reverted = _by_size(rows, count), False
         if evaluation is not None and before is not None:
             after = sim.evaluate(evaluation)
             values |= {"before": before, "after": after}
             summary = f"{evaluation.name} {before} before, {after} after {count} batches"
             if after <= before:
                 summary += ": nothing to gain"
-            if after < before:
+            if reverted := after < before:
                 _write(norms, old)
                 summary += ", the old statistics are back"
-        notes: list[str] = []
+        notes = [] if reverted or _ranges_are_trained(sim) else [_RANGES]
         if self.fold:
             report = BatchNormFolding(keep_integers=True).run(sim, None, None, progress)
-            notes = [f"then {report.summary}.", *report.notes]
+            notes += [f"then {report.summary}.", *report.notes]
             notes += [f"{row['layer']} was not folded: {row['reason']}." for row in report.rows if not row["into"]]
         return Report("BatchNormReestimation", summary, tuple(rows), tuple(notes), values)
 
@@ -109,6 +113,12 @@ class BatchNormReestimation(Technique):
         if not count:
             raise InputError("BatchNormReestimation needs at least one batch; the iterable was empty.")
         return {index: (mean / count, variance / count) for index, (mean, variance) in sums.items()}, count
+
+
+def _ranges_are_trained(sim: QuantSim) -> bool:
+    """Whether every activation range is frozen or in training, or there is none yet."""
+    found = [q for entry in sim.placed.values() if (q := entry.output) is not None and q.spec.known_range is None]
+    return all(q.frozen or q.learned is not None or q.encoding is None for q in found)
 
 
 def _statistics(norm: BatchNorm) -> tuple[Tensor, Tensor]:

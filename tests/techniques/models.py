@@ -30,7 +30,8 @@ def lived(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def relative(have: Tensor, want: Tensor) -> float:
     """|have - want| / |want| in norm."""
-    return float((have.double() - want.double()).norm() / want.double().norm())
+    have, want = have.detach().double(), want.detach().double()
+    return float((have - want).norm() / want.norm())
 
 
 def calibrated(model: nn.Module, x: Tensor, preset: qlab.Preset | None = None) -> qlab.QuantSim:
