@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import pandas as pd
 
-from qlab.quantization import Quantizer
+from qlab.quantization import Quantizer, WeightQuantizer
 from qlab.sim import Placed, QuantSim, Role
 from qlab.sim.tables import signal_to_noise
 
@@ -158,4 +158,6 @@ def _key(quantizer: Quantizer | None) -> object:
     if quantizer is None:
         return None
     encoding = quantizer.encoding  # found now if the weight has changed, so that the version counts it
-    return quantizer.version, quantizer.enabled, quantizer.frozen, encoding is None
+    seen = None if isinstance(quantizer, WeightQuantizer) else quantizer.statistics  # a frozen grid outlives them
+    counted = None if seen is None else seen.elements
+    return quantizer.version, quantizer.enabled, quantizer.frozen, encoding is None, seen, counted
