@@ -175,7 +175,8 @@ class Lab:
         self.refresh()
         with self._lock:
             job = self._measuring
-            if job is None or job.state.is_over or job.is_cancelling:
+            if job is None or job.state.is_over or job.is_cancelling or self._measure.has_finished:
+                self._measure.has_finished = False
                 job = self._measuring = self._launch(self._measure, "measure", changes=False)
         return job
 

@@ -31,8 +31,9 @@ class Watch:
         """Takes the sim as it is now for known."""
         self._versions = {name: _version(quantizer) for name, quantizer in self._quantizers()}
         self._logged = tuple(self._sim.log)
-        if self._model != self._fingerprint():
-            self._model = self._fingerprint()
+        model = self._fingerprint()
+        if self._model != model:
+            self._model = model
             self._weights = Marks.of(self._sim).weights
 
     def names_of(self, quantizers: Iterable[Quantizer]) -> list[str]:
@@ -90,9 +91,15 @@ class Watch:
         return ((name, q) for name, q in self._sim.quantizers.items() if isinstance(q, Quantizer))
 
     def _fingerprint(self) -> tuple[Any, ...]:
-        model = self._sim.model
-        tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-        return len(self._sim.graph.edits), tuple((id(t), t._version, t.data_ptr()) for t in tensors)
+        marks: list[Any] = [len(self._sim.graph.edits)]
+        waiting: list[Any] = [self._sim.model]
+        while waiting:  # module.parameters() would cost more than the edit that is being noticed
+            module = waiting.pop()
+            waiting += module._modules.values()
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    marks.append((id(tensor), tensor._version, tensor.data_ptr()))
+        return tuple(marks)
 
 
 def _quantizer(sim: QuantSim, name: str) -> Quantizer:

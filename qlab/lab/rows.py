@@ -136,12 +136,9 @@ def size_bytes(sim: QuantSim) -> int:
 
     A parameter that several layers share counts once.
     """
-    bits: dict[int, int] = {id(parameter): 32 for parameter in sim.model.parameters()}
-    counts = {id(parameter): parameter.numel() for parameter in sim.model.parameters()}
-    for entry in sim.placed.values():
-        if entry.weight is not None and entry.weight.enabled and id(entry.weight.weight) in bits:
-            bits[id(entry.weight.weight)] = entry.weight.bits
-    return sum(-(-counts[key] * width // 8) for key, width in bits.items())
+    quantizers = [entry.weight for entry in sim.placed.values() if entry.weight is not None and entry.weight.enabled]
+    bits = {id(quantizer.weight): quantizer.bits for quantizer in quantizers}
+    return sum(-(-p.numel() * bits.get(id(p), 32) // 8) for p in sim.model.parameters())
 
 
 def _is_shown(entry: Placed) -> bool:

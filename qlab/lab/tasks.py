@@ -68,38 +68,44 @@ def analysis_work(state: LabState, measure: Callable[..., Any], batches: Any, sc
 
 
 class Measuring:
-    """The one measurement of a lab: it begins again when the sim is edited, and ends when nothing is stale."""
+    """The one measurement of a lab: it begins again when the sim is edited, and ends when nothing is stale.
+
+    has_finished: set under the lock together with the last result; an edit after that needs another job.
+    """
 
     def __init__(self, state: LabState, events: LabEvents) -> None:
         self._state = state
         self._events = events
+        self._latest: dict[str, Measurement] = {}
+        self.has_finished = False
 
     def __call__(self, job: Job) -> Scores:
         """The work of the job."""
         while True:
             try:
-                return self._once(job)
+                self._once(job)
+                return self.scores()
             except Superseded:
                 job.wait(SETTLE_S)
 
     def scores(self) -> Scores:
         """What is known now; what belongs to an earlier state is marked stale."""
-        history, board = self._state.history, self._state.board
-        earlier = {}
-        for step in history.steps[: history.position + 1]:
-            earlier.update(step.scores)
-        return Scores(score_rows(board, history.current.scores, earlier))
+        return Scores(score_rows(self._state.board, self._state.history.current.scores, self._latest))
 
-    def _once(self, job: Job) -> Scores:
+    def _once(self, job: Job) -> None:
         state, board = self._state, self._state.board
-        missing = state.missing
+        with state.lock:
+            version, missing, has_noise = board.version, state.missing, bool(state.history.current.noise)
         if "sqnr" in missing or "agreement" in missing:
-            self._keep(board.version, board.measure_probe(job), {})
-        if not state.history.current.noise:
-            self._keep(board.version, {}, board.measure_noise(job))
+            self._keep(version, board.measure_probe(job), {})
+        if not has_noise:
+            self._keep(version, {}, board.measure_noise(job))
         if "score" in missing:
-            self._keep(board.version, {"score": board.measure_score(job)}, {})
-        return self.scores()
+            self._keep(version, {"score": board.measure_score(job)}, {})
+        with state.lock:
+            if board.version != version:
+                raise Superseded
+            self.has_finished = True
 
     def _keep(self, version: int, scores: dict[str, Measurement], noise: dict[str, float]) -> None:
         """Gives what was measured to the present step, if the sim is still what it was."""
@@ -108,6 +114,7 @@ class Measuring:
             if state.board.version != version:
                 raise Superseded
             state.history.current.scores.update(scores)
+            self._latest.update(scores)
             state.history.current.noise.update(noise)
         if noise:
             self._events.send("noise", tuple(noise))
