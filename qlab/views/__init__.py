@@ -1,22 +1,44 @@
-"""What a person sees and touches in Jupyter; the only place that knows ipywidgets. Every view works on its own."""
+"""What a person sees and touches in Jupyter; the only place that knows ipywidgets. Every view works on its own.
+
+A new view is one file, and one line here; `@tab(...)` on its class makes it a tab of the dashboard.
+"""
 
 from qlab.views.bokeh_pane import BokehPane
+from qlab.views.compare import Compare
 from qlab.views.dashboard import Dashboard
+from qlab.views.graph_view import GraphView
 from qlab.views.histogram import Histogram
+from qlab.views.history import History, Past, Script
 from qlab.views.job_panel import JobPanel
 from qlab.views.layer_grid import Column, LayerGrid
 from qlab.views.layer_table import LayerTable
+from qlab.views.layers import Layers
 from qlab.views.score import Score
+from qlab.views.selection_bar import SelectionBar
+from qlab.views.settings_form import SettingsForm
+from qlab.views.tabs import TABS, tab
+from qlab.views.technique_form import TechniqueForm
 from qlab.views.view import View
 
 __all__ = [
+    "TABS",
     "BokehPane",
     "Column",
+    "Compare",
     "Dashboard",
+    "GraphView",
     "Histogram",
+    "History",
     "JobPanel",
     "LayerGrid",
     "LayerTable",
+    "Layers",
+    "Past",
     "Score",
+    "Script",
+    "SelectionBar",
+    "SettingsForm",
+    "TechniqueForm",
     "View",
+    "tab",
 ]

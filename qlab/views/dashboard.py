@@ -1,47 +1,74 @@
-"""The dashboard: table, histogram and scores of one lab side by side, with undo and the running job."""
+"""The dashboard: scores, undo and the running job of one lab around tabs, each a view that also works alone."""
+
+from collections.abc import Callable
 
 import ipywidgets
-from IPython import get_ipython
 
 from qlab.lab import Lab
 from qlab.views.histogram import Histogram
 from qlab.views.job_panel import JobPanel
 from qlab.views.layer_table import LayerTable
+from qlab.views.layers import Layers
 from qlab.views.score import Score
+from qlab.views.tabs import tabs_of
 from qlab.views.view import View, escape
 
 
 class Dashboard(View):
-    """What `lab` shows as the last line of a cell. Its parts are views that can be used alone as well."""
+    """What `lab` shows as the last line of a cell. Its tabs are those of `qlab.views.tab`, built when first opened."""
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
         self._lab = lab
-        self.table = LayerTable(lab)
-        self.histogram = Histogram(lab)
         self.score = Score(lab)
         self.jobs = JobPanel(lab)
+        self.views: dict[str, View] = {}
         self._undo = self._button("Undo", "undo", lab.undo)
         self._redo = self._button("Redo", "repeat", lab.redo)
         self._title = ipywidgets.HTML()
+        self._tabs = ipywidgets.Tab()
+        self._entries = tabs_of(lab)
+        self._tabs.children = [ipywidgets.VBox() for _ in self._entries]
+        self._tabs.titles = tuple(entry.title for entry in self._entries)
+        self._tabs.observe(self.guarded(lambda _: self._open()), "selected_index")
         self.listen(lab.events.history_changed, self._history_changed)
-        self.listen(lab.events.error, self.error_box.show)
         self._history_changed()
+        past = ipywidgets.HBox(
+            [self._undo, self._redo, self._title], layout=ipywidgets.Layout(align_items="center", flex_flow="row wrap")
+        )
         top = ipywidgets.HBox(
-            [self.score, ipywidgets.VBox([ipywidgets.HBox([self._undo, self._redo, self._title]), self.jobs])],
-            layout=ipywidgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="4px 24px"),
+            [self.score, past],
+            layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="2px 24px"),
         )
-        self.table.layout.flex, self.table.layout.min_width = "3 1 640px", "0"
-        self.histogram.layout.flex, self.histogram.layout.min_width = "2 1 400px", "0"
-        main = ipywidgets.HBox(
-            [self.table, self.histogram],
-            layout=ipywidgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="8px 16px"),
-        )
-        self.display(top, main)
-        self._shell = get_ipython()
-        if self._shell is not None:
-            self._after_cell = self.guarded(lambda *_: lab.refresh())
-            self._shell.events.register("post_run_cell", self._after_cell)
+        self.display(top, self.jobs, self._tabs)
+        self.show(self._entries[0].title)
+        self.after_cells(lab.refresh)
+
+    def show(self, title: str) -> View:
+        """Brings a tab to the front and returns its view; raises KeyError for a title that there is not."""
+        titles = [entry.title for entry in self._entries]
+        if title not in titles:
+            raise KeyError(f"there is no tab {title!r}; there are {titles}.")
+        self._tabs.selected_index = titles.index(title)
+        self._open()
+        return self.views[title]
+
+    @property
+    def layers(self) -> Layers:
+        """The view of the first tab."""
+        view = self.views["Layers"]
+        assert isinstance(view, Layers)
+        return view
+
+    @property
+    def table(self) -> LayerTable:
+        """The table of layers."""
+        return self.layers.table
+
+    @property
+    def histogram(self) -> Histogram:
+        """The histogram of the selected layer."""
+        return self.layers.histogram
 
     def summary(self) -> str:
         """One line, the same on every run."""
@@ -49,24 +76,28 @@ class Dashboard(View):
 
     def to_html(self) -> str:
         """Scores, layers and the histogram without a kernel."""
-        return f"<p>{escape(repr(self._lab))}</p>{self.score.to_html()}{self.table.to_html()}{self.histogram.to_html()}"
+        return f"<p>{escape(repr(self._lab))}</p>{self.score.to_html()}{self.layers.to_html()}"
 
-    def close(self) -> None:
-        """Ends all subscriptions and closes the parts."""
-        if self._shell is not None:
-            self._shell.events.unregister("post_run_cell", self._after_cell)
-            self._shell = None
-        for part in (self.table, self.histogram, self.score, self.jobs):
-            part.close()
-        super().close()
+    def _open(self) -> None:
+        """Builds the view of the chosen tab, if it is not there yet; the others rest."""
+        index = self._tabs.selected_index
+        if index is None:
+            return
+        entry = self._entries[index]
+        if entry.title not in self.views:
+            view = entry.factory(self._lab)
+            self.views[entry.title] = view
+            self._tabs.children[index].children = [view]
+        for title, view in self.views.items():
+            view.is_shown = title == entry.title
 
-    def _button(self, name: str, icon: str, action: object) -> ipywidgets.Button:
+    def _button(self, name: str, icon: str, action: Callable[[], object]) -> ipywidgets.Button:
         button = ipywidgets.Button(description=name, icon=icon, layout=ipywidgets.Layout(width="84px"))
-        button.on_click(self.guarded(lambda _: action()))  # type: ignore[operator]
+        button.on_click(self.guarded(lambda _: action()))
         return button
 
     def _history_changed(self) -> None:
         lab = self._lab
         self._undo.disabled, self._redo.disabled = not lab.can_undo, not lab.can_redo
-        actions = list(lab.history["action"])
-        self._title.value = f"<small>step {lab.step}: {escape(actions[lab.step])}</small>"
+        action = lab.history["action"].iloc[lab.step]
+        self._title.value = f"<small class='qlab-quiet'>step {lab.step}: {escape(action)}</small>"

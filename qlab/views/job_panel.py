@@ -1,4 +1,4 @@
-"""The job that runs: how far it is, Cancel, and what came of it."""
+"""The job that runs: how far it is, Pause and Cancel, and what came of it."""
 
 import ipywidgets
 
@@ -7,66 +7,118 @@ from qlab.lab import Lab
 from qlab.lab.jobs import Job, JobState
 from qlab.views.view import View, escape
 
+_BAR_STYLES = {JobState.DONE: "success", JobState.CANCELLED: "warning", JobState.FAILED: "danger"}
+
 
 class JobPanel(View):
-    """A bar with step, rate and time left, a Cancel button, and the report or error of the last job.
+    """A bar with step, rate and time left, buttons to pause and cancel, and the report or error of the last job.
 
-    Measuring jobs run after every edit; they are shown only when they last.
+    The measurement that follows every edit is shown by the scores; here it appears only if it fails. What a callback
+    of the lab's events could not do is shown here as well.
     """
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
+        self._lab = lab
         self._job: Job | None = None
-        self._bar = ipywidgets.FloatProgress(value=0, min=0, max=1, layout=ipywidgets.Layout(width="200px"))
-        self._cancel = ipywidgets.Button(description="Cancel", icon="stop", disabled=True)
-        self._cancel.layout.width = "90px"
-        self._text = ipywidgets.HTML("idle")
-        self._result = ipywidgets.HTML()
-        self._cancel.on_click(self.guarded(lambda _: self._stop()))
+        self._bar = ipywidgets.FloatProgress(value=0, min=0, max=1, layout=ipywidgets.Layout(width="140px"))
+        self._pause = self._button("Pause", "pause", self._pause_or_resume)
+        self._cancel = self._button("Cancel", "stop", self._stop)
+        self._text = ipywidgets.HTML("<span class='qlab-quiet'>No job runs.</span>")
+        self._result = ipywidgets.HTML(layout=ipywidgets.Layout(max_height="260px", overflow="auto"))
+        self._result.add_class("qlab-report")
         self.listen(lab.events.job_started, self._started)
         self.listen(lab.events.job_progress, self._moved)
         self.listen(lab.events.job_ended, self._ended)
-        self.listen(lab.events.error, self._failed)
-        row = ipywidgets.HBox([self._bar, self._cancel, self._text], layout=ipywidgets.Layout(align_items="center"))
+        self.listen(lab.events.error, self.frame.show)
+        row = ipywidgets.HBox(
+            [self._bar, self._pause, self._cancel, self._text],
+            layout=ipywidgets.Layout(align_items="center", flex_flow="row wrap"),
+        )
         self.display(row, self._result)
+        if lab.is_busy:
+            self._started(lab.jobs[0])
+
+    def to_html(self) -> str:
+        """What came of the last job."""
+        return f"<p>{self._text.value}</p>{self._result.value}"
+
+    def _button(self, name: str, icon: str, action: object) -> ipywidgets.Button:
+        button = ipywidgets.Button(description=name, icon=icon, disabled=True, layout=ipywidgets.Layout(width="86px"))
+        button.on_click(self.guarded(lambda _: action()))  # type: ignore[operator]
+        return button
 
     def _started(self, job: Job) -> None:
-        if not job.changes and job.title == "measure":
+        if _is_measurement(job):
             return
         self._job = job
         self._bar.value, self._bar.bar_style = 0, ""
-        self._cancel.disabled = False
+        self._pause.disabled = self._cancel.disabled = False
         self._result.value = ""
-        self._text.value = f"{escape(job.title)}: starting"
+        self.frame.clear()
+        self._say(job, "starting")
 
     def _moved(self, job: Job) -> None:
-        if job is not self._job:
+        if job is not self._job or job.state.is_over:
             return
         self._bar.max, self._bar.value = max(job.total, 1), job.done
         left = "" if job.seconds_left is None else f", about {job.seconds_left:.0f} s left"
         rate = "" if job.rate is None else f", {job.rate:.1f} steps/s"
-        self._text.value = (
-            f"{escape(job.title)}: {job.done} of {job.total} {escape(job.text)} "
-            f"<small>{job.seconds:.1f} s{rate}{left}</small>"
-        )
+        state = "cancelling, " if job.is_cancelling else "paused, " if job.is_paused else ""
+        self._say(job, f"{state}{job.done} of {job.total} {job.text}", f"{job.seconds:.1f} s{rate}{left}")
 
     def _ended(self, job: Job) -> None:
+        if _is_measurement(job):
+            if job.state is JobState.FAILED and job.exception is not None:
+                self.frame.show(job.exception)
+            return
         if job is not self._job:
             return
-        self._cancel.disabled = True
-        style = {JobState.DONE: "success", JobState.CANCELLED: "warning", JobState.FAILED: "danger"}
-        self._bar.bar_style = style.get(job.state, "")
-        self._text.value = f"{escape(job.title)}: {job.state.value} after {job.seconds:.1f} s"
+        self._pause.disabled = self._cancel.disabled = True
+        self._name_pause(job)
+        self._bar.bar_style = _BAR_STYLES[job.state]
+        self._say(job, f"{job.state.value} after {job.seconds:.1f} s")
         if job.state is JobState.DONE:
             self._bar.value = self._bar.max
-            self._result.value = job.report._repr_html_() if job.report is not None else ""
+            self._result.value = _folded(job)
         elif job.exception is not None and not isinstance(job.exception, Cancelled):
-            self.error_box.show(job.exception)
+            self.frame.show(job.exception)
 
-    def _failed(self, error: BaseException) -> None:
-        self.error_box.show(error)
+    def _say(self, job: Job, what: str, aside: str = "") -> None:
+        waiting = len([other for other in self._lab.jobs if other is not job and not _is_measurement(other)])
+        more = f" <small>{waiting} more waiting</small>" if waiting else ""
+        self._text.value = (
+            f"<span role='status'><b>{escape(job.title)}</b>: {escape(what)}</span> "
+            f"<small class='qlab-quiet'>{escape(aside)}</small>{more}"
+        )
+
+    def _pause_or_resume(self) -> None:
+        job = self._job
+        if job is not None and not job.state.is_over:
+            (job.resume if job.is_paused else job.pause)()
+            self._name_pause(job)
+            self._say(job, f"{'pausing' if job.is_paused else 'running'}, {job.done} of {job.total} {job.text}")
+
+    def _name_pause(self, job: Job) -> None:
+        goes_on = job.is_paused and not job.state.is_over
+        self._pause.description, self._pause.icon = ("Resume", "play") if goes_on else ("Pause", "pause")
 
     def _stop(self) -> None:
-        if self._job is not None and not self._job.state.is_over:
-            self._job.cancel()
-            self._text.value = f"{escape(self._job.title)}: cancelling"
+        job = self._job
+        if job is not None and not job.state.is_over:
+            job.cancel()
+            self._name_pause(job)
+            self._say(job, "cancelling")
+
+
+def _is_measurement(job: Job) -> bool:
+    return not job.changes and job.title == "measure"
+
+
+def _folded(job: Job) -> str:
+    """The report with its sentence in view; what other work returned, if it has a picture."""
+    if job.report is None:
+        show = getattr(job.value, "_repr_html_", None)
+        return f"<details><summary>Result</summary>{show()}</details>" if show is not None else ""
+    summary = f"{escape(job.report.technique)}: {escape(job.report.summary)}"
+    return f"<details><summary>{summary}</summary>{job.report._repr_html_()}</details>"

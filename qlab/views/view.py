@@ -7,12 +7,15 @@ subscriptions that end when it closes, and a static picture for whoever reads th
 import functools
 import html
 import os
-import traceback
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import ipywidgets
+from IPython import get_ipython
 from psygnal import SignalInstance
+
+from qlab.views.frame import Frame
 
 STATIC_NOTE = "<p><em>A still picture of a live view: run the cell to use it.</em></p>"
 
@@ -41,34 +44,10 @@ def with_fallback(bundle: Any, plain: str, static_html: str) -> tuple[dict[str, 
     return {**data, "text/plain": plain, "text/html": static_html}, metadata
 
 
-class ErrorBox(ipywidgets.HTML):
-    """Shows an exception: its sentence at once, the traceback on demand; takes no room while all is well."""
+def guarded(callback: Callable[..., Any], frame: Frame) -> Callable[..., Any]:
+    """Wrap a callback so that its exception is shown in the frame; when strict it is raised as well.
 
-    def __init__(self) -> None:
-        self.error: BaseException | None = None
-        super().__init__(layout=ipywidgets.Layout(display="none"))
-
-    def show(self, error: BaseException) -> None:
-        self.error = error
-        details = "".join(traceback.format_exception(error))
-        self.value = (
-            '<div class="qlab-error" role="alert" style="border-left: 3px solid var(--jp-error-color1, #d32f2f);'
-            ' padding: 2px 8px; line-height: 1.5; overflow-wrap: anywhere">'
-            f"<b>{escape(type(error).__name__)}</b>: {escape(error)}"
-            f"<details><summary>Traceback</summary><pre>{escape(details)}</pre></details></div>"
-        )
-        self.layout.display = None
-
-    def clear(self) -> None:
-        self.error = None
-        self.value = ""
-        self.layout.display = "none"
-
-
-def guarded(callback: Callable[..., Any], box: ErrorBox) -> Callable[..., Any]:
-    """Wrap a callback so that its exception is shown in the box; when strict it is raised as well.
-
-    The next call of the same callback that succeeds clears the box; other callbacks leave it alone.
+    The next call of the same callback that succeeds clears it; other callbacks leave it alone.
     """
     failed = False
 
@@ -79,13 +58,13 @@ def guarded(callback: Callable[..., Any], box: ErrorBox) -> Callable[..., Any]:
             result = callback(*args, **kwargs)
         except Exception as error:  # a view shows it to the person
             failed = True
-            box.show(error)
+            frame.show(error)
             if is_strict():
                 raise
             return None
         if failed:
             failed = False
-            box.clear()
+            frame.clear()
         return result
 
     return call
@@ -94,30 +73,80 @@ def guarded(callback: Callable[..., Any], box: ErrorBox) -> Callable[..., Any]:
 class View(ipywidgets.VBox):
     """A widget on a subject (a Lab): build the content, `display` it, and `listen` to the subject's events.
 
-    Subclasses override `summary` (text/plain) and `to_html` (the still picture). `close` ends the subscriptions
-    and closes everything displayed; it may be called twice.
+    Subclasses override `summary` (text/plain), `to_html` (the still picture) and, where they draw anew on events,
+    `redraw`. `is_shown`: a view behind another tab is told False; what it misses it draws when it is shown again.
+    `close` ends the subscriptions and closes everything displayed; it may be called twice.
     """
 
     def __init__(self, subject: Any) -> None:
         self.subject = subject
-        self.error_box = ErrorBox()
-        self._subscriptions: list[tuple[SignalInstance, Callable[..., Any]]] = []
-        super().__init__(children=[self.error_box])
+        self.frame = Frame(_words(type(self).__name__))
+        self.frame.on_key = self.guarded(self.key_pressed)
+        self._endings: list[Callable[[], object]] = []
+        self._is_shown = True
+        self._is_stale = False
+        self._drawing = threading.Lock()
+        super().__init__(children=[self.frame])
         self.add_class("qlab-view")
 
     def display(self, *widgets: ipywidgets.Widget) -> None:
-        """Replace the content; the place for errors stays beneath it."""
-        self.children = [*widgets, self.error_box]
+        """Replace the content; the frame stays beneath it."""
+        self.children = [*widgets, self.frame]
 
     def guarded(self, callback: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a callback so that its errors are shown in this view."""
-        return guarded(callback, self.error_box)
+        return guarded(callback, self.frame)
 
     def listen(self, signal: SignalInstance, callback: Callable[..., Any]) -> None:
         """Call back, guarded, on every emission until this view closes."""
         call = self.guarded(callback)
         signal.connect(call)
-        self._subscriptions.append((signal, call))
+        self._endings.append(lambda: signal.instance is None or signal.disconnect(call, missing_ok=True))
+
+    def redraw_on(self, *signals: SignalInstance) -> None:
+        """Call `redraw` after every emission, once the view is shown."""
+        for signal in signals:
+            self.listen(signal, lambda *_: self.redraw_soon())
+
+    def after_cells(self, callback: Callable[[], object]) -> None:
+        """Call back, guarded, whenever a cell has run, until this view closes."""
+        shell = get_ipython()
+        if shell is None:
+            return
+        call = self.guarded(lambda _result: callback())
+        shell.events.register("post_run_cell", call)
+        self._endings.append(lambda: shell.events.unregister("post_run_cell", call))
+
+    def redraw(self) -> None:
+        """Show the subject as it is now."""
+
+    def redraw_soon(self) -> None:
+        """Call `redraw`, but one thread at a time, and only while the view is shown."""
+        self._is_stale = True
+        while self._is_shown and self._is_stale and self._drawing.acquire(blocking=False):
+            try:
+                self._is_stale = False
+                self.redraw()
+            finally:
+                self._drawing.release()
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether a person can see it; views show other views, and tell them."""
+        return self._is_shown
+
+    @is_shown.setter
+    def is_shown(self, is_shown: bool) -> None:
+        self._is_shown = is_shown
+        for view in _views_within(self):
+            view.is_shown = is_shown
+        if is_shown and self._is_stale:
+            self.guarded(self.redraw_soon)()
+
+    def key_pressed(self, key: str) -> None:
+        """Undo or redo, where the subject can; called for the outermost view of a page."""
+        if key in ("undo", "redo") and hasattr(self.subject, key):
+            getattr(self.subject, key)()
 
     def summary(self) -> str:
         """What a terminal shows: one line, the same on every run."""
@@ -128,19 +157,49 @@ class View(ipywidgets.VBox):
         return f"<p>{escape(self.summary())}</p>{STATIC_NOTE}"
 
     def close(self) -> None:
-        while self._subscriptions:
-            signal, call = self._subscriptions.pop()
-            signal.disconnect(call, missing_ok=True)
+        while self._endings:
+            self._endings.pop()()
         if self.comm is not None:
-            _close_content(self)
+            for child in self.children:
+                close_all(child)
             super().close()
+            _close_looks(self)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return with_fallback(super()._repr_mimebundle_(**kwargs), self.summary(), self.to_html())
 
 
-def _close_content(box: ipywidgets.Box) -> None:
+def _words(name: str) -> str:
+    """A class name as words.
+
+    >>> _words("LayerTable")
+    'layer table'
+    """
+    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
+
+
+def _views_within(box: ipywidgets.Box) -> list[View]:
+    found: list[View] = []
     for child in box.children:
-        if isinstance(child, ipywidgets.Box) and not isinstance(child, View):
-            _close_content(child)
-        child.close()
+        if isinstance(child, View):
+            found.append(child)
+        elif isinstance(child, ipywidgets.Box):
+            found += _views_within(child)
+    return found
+
+
+def close_all(widget: ipywidgets.Widget) -> None:
+    """Close a widget with all that is in it."""
+    if isinstance(widget, ipywidgets.Box) and not isinstance(widget, View):
+        for child in widget.children:
+            close_all(child)
+    widget.close()
+    _close_looks(widget)
+
+
+def _close_looks(widget: ipywidgets.Widget) -> None:
+    """Layout and style are widgets of their own, which ipywidgets leaves open."""
+    for name in ("layout", "style"):
+        look = getattr(widget, name, None)
+        if isinstance(look, ipywidgets.Widget):
+            look.close()

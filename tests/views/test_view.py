@@ -9,6 +9,7 @@ import pytest
 from psygnal import Signal
 
 import qlab.views
+from qlab.errors import Busy
 from qlab.views.view import View, escape
 
 SCRIPTS = sorted(Path(qlab.views.__file__).parent.glob("*.js"))
@@ -32,6 +33,24 @@ class Echo(View):
         self.seen.append(text)
 
 
+class Drawing(View):
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.drawn = 0
+        self.meanwhile = None
+        self.redraw_on(subject.changed)
+
+    def redraw(self) -> None:
+        self.drawn += 1
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+
+
+def _refuse() -> None:
+    raise Busy("something runs")
+
+
 @pytest.fixture
 def subject() -> Subject:
     return Subject()
@@ -47,24 +66,27 @@ def test_a_closed_view_hears_nothing_and_leaves_no_widget_open(subject):
     assert len(subject.changed) == 0
     assert view.comm is None
     assert view.button.comm is None
-    assert view.error_box.comm is None
+    assert view.frame.comm is None
 
 
-def test_an_error_is_shown_escaped_until_the_same_callback_succeeds(subject, monkeypatch):
+def test_an_error_is_shown_until_the_same_callback_succeeds(subject, monkeypatch):
     monkeypatch.delenv("QLAB_STRICT", raising=False)
     view = Echo(subject)
     subject.changed.emit("bad<b>")
-    shown = view.error_box.value
-    assert 'role="alert"' in shown
-    assert "cannot show &lt;bad&lt;b&gt;&gt;" in shown
-    assert "Traceback" in shown
-    assert "<b>>" not in shown
-    assert isinstance(view.error_box.error, ValueError)
+    assert view.frame.text.startswith("ValueError: cannot show <bad<b>>")
+    assert "Traceback" in view.frame.text
+    assert isinstance(view.frame.error, ValueError)
     view.guarded(lambda: None)()
-    assert view.error_box.error is not None
+    assert view.frame.error is not None
     subject.changed.emit("good")
-    assert view.error_box.value == ""
-    assert view.error_box.layout.display == "none"
+    assert view.frame.text == ""
+
+
+def test_a_refusal_says_its_sentence_without_a_traceback(subject, monkeypatch):
+    monkeypatch.delenv("QLAB_STRICT", raising=False)
+    view = Echo(subject)
+    view.guarded(_refuse)()
+    assert view.frame.text == "Busy: something runs\n"
 
 
 def test_strict_raises_what_it_shows(subject, monkeypatch):
@@ -73,7 +95,37 @@ def test_strict_raises_what_it_shows(subject, monkeypatch):
     with pytest.raises(Exception, match="cannot show <bad>") as caught:
         subject.changed.emit("bad")
     assert isinstance(caught.value.__cause__ or caught.value, ValueError)
-    assert view.error_box.error is not None
+    assert view.frame.error is not None
+
+
+def test_a_hidden_view_draws_once_when_it_is_shown_again(subject):
+    view = Drawing(subject)
+    subject.changed.emit("one")
+    view.is_shown = False
+    subject.changed.emit("two")
+    subject.changed.emit("three")
+    assert view.drawn == 1
+    view.is_shown = True
+    assert view.drawn == 2
+    view.is_shown = True
+    assert view.drawn == 2
+
+
+def test_a_change_while_drawing_is_drawn_afterwards_by_the_same_thread(subject):
+    view = Drawing(subject)
+    view.meanwhile = lambda: subject.changed.emit("again")
+    subject.changed.emit("one")
+    assert view.drawn == 2
+
+
+def test_hiding_reaches_the_views_within(subject):
+    outer, inner = Echo(subject), Drawing(subject)
+    outer.display(ipywidgets.HBox([inner]))
+    outer.is_shown = False
+    subject.changed.emit("one")
+    assert inner.drawn == 0
+    outer.is_shown = True
+    assert inner.drawn == 1
 
 
 def test_a_view_reads_without_a_kernel(subject):
@@ -97,4 +149,4 @@ def test_scripts_are_valid_modules(script, tmp_path):
 
 
 def test_there_are_scripts_to_check():
-    assert {"bokeh_pane.js", "layer_grid.js"} <= {script.name for script in SCRIPTS}
+    assert {"bokeh_pane.js", "frame.js", "layer_grid.js"} <= {script.name for script in SCRIPTS}
