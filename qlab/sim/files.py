@@ -72,21 +72,45 @@ def load(path: str | os.PathLike[str], model: nn.Module, example: Any, dynamic: 
     """
     from qlab.sim.quant_sim import QuantSim
 
+    header, tensors = _read(path)
+    sim = QuantSim(model, example, _preset_from_json(header["preset"]), dynamic)
+    _put(sim, header, tensors, path)
+    marks = Marks.of(sim)
+    sim.log[:] = [LogEntry("load", os.fspath(path), None, marks, marks)]
+    return sim
+
+
+def load_state(sim: "QuantSim", path: str | os.PathLike[str]) -> None:
+    """Changes `sim` to the state saved at `path`, which was reached from the state that `sim` is in.
+
+    Cheaper than `load`: nothing is captured. Raises InputError as `load` does; then `sim` may be changed in part.
+    """
+    header, tensors = _read(path)
+    _put(sim, header, tensors, path)
+    sim.preset = _preset_from_json(header["preset"])
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a saved sim; raises InputError where it is not one."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("qlab", "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise InputError(f"{path} is not a sim saved by this version of qlab ({FORMAT}).")
-        preset = _preset_from_json(header["preset"])
+        _preset_from_json(header["preset"])
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a readable sim file: {error}.") from error
-    sim = QuantSim(model, example, preset, dynamic)
+    return header, tensors
+
+
+def _put(sim: "QuantSim", header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Changes `sim` to what was read from `path`."""
     names = [layer.name for layer in sim.graph]
     if names != header["layers"]:
         odd = next((a for a, b in zip(names, header["layers"], strict=False) if a != b), "the number of layers")
         raise InputError(f"{path} was saved from another model: it differs at {odd!r}.")
-    for name, kind in header["edits"]:
+    for name, kind in header["edits"][len(sim.graph.edits) :]:
         sim.graph.replace_module(name, kind)
     for name in header["folded"]:
         sim.graph.folded[name] = FoldedNorm(tensors[f"folded.{name}.mean"], tensors[f"folded.{name}.deviation"])
@@ -97,9 +121,6 @@ def load(path: str | os.PathLike[str], model: nn.Module, example: Any, dynamic: 
         assert isinstance(quantizer, Quantizer)
         quantizer.set_state(_restore(header["quantizers"][name], f"quantizer.{name}", tensors))
     sim.changed()
-    marks = Marks.of(sim)
-    sim.log[:] = [LogEntry("load", os.fspath(path), None, marks, marks)]
-    return sim
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
