@@ -35,6 +35,7 @@ _LATER: dict[str, tuple[str, str | None]] = {
     "CrossLayerEqualization": ("qlab.techniques", "CrossLayerEqualization"),
     "Lab": ("qlab.lab", "Lab"),
     "MixedPrecision": ("qlab.techniques", "MixedPrecision"),
+    "QAT": ("qlab.techniques", "QAT"),
     "views": ("qlab.views", None),
     "plots": ("qlab.plots", None),
     "examples": ("qlab.examples", None),

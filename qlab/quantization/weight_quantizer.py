@@ -161,7 +161,7 @@ class WeightQuantizer(Quantizer):
 
     def required_encoding(self) -> Encoding:
         """The encoding; weights always have one."""
-        encoding = self.encoding
+        encoding = self.encoding if self.learned is None else self.learned.encoding()
         assert encoding is not None
         return encoding
 

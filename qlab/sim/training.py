@@ -83,23 +83,27 @@ def collapsed_ranges(sim: "QuantSim") -> list[str]:
     ]
 
 
+_waiting: "weakref.WeakSet[QuantSim]" = weakref.WeakSet()  # sims whose first optimizer step is still to come
+_watching = False
+
+
 def _watch_optimizers(sim: "QuantSim") -> None:
     """Looks at the first optimizer step that moves weights of `sim`: it must move its ranges too."""
-    watched = weakref.ref(sim)
+    global _watching
+    _waiting.add(sim)
+    if not _watching:
+        register_optimizer_step_pre_hook(_look_at_first_step)
+        _watching = True
 
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        owner = watched()
-        if owner is None or owner.qat_mode != "range_learning":
-            handle.remove()
-            return
+
+def _look_at_first_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for sim in list(_waiting):
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in moved for p in owner.model.parameters()):
-            return
-        handle.remove()
-        if not any(id(p) in moved for p in range_parameters(owner)):
+        if sim.qat_mode == "range_learning" and not any(id(p) in moved for p in sim.model.parameters()):
+            continue
+        _waiting.discard(sim)
+        if sim.qat_mode == "range_learning" and not any(id(p) in moved for p in range_parameters(sim)):
             raise TrainingError(
                 "the optimizer does not hold the ranges: it was built before sim.qat('range_learning'). Build it "
                 "afterwards, from sim.parameters(); sim.range_parameters() gives the ranges for a group of their own."
             )
-
-    handle = register_optimizer_step_pre_hook(look)

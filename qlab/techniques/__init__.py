@@ -5,9 +5,11 @@ from qlab.techniques.batch_norm_reestimation import BatchNormReestimation
 from qlab.techniques.bias_correction import BiasCorrection
 from qlab.techniques.cross_layer_equalization import CrossLayerEqualization
 from qlab.techniques.mixed_precision import MixedPrecision
+from qlab.techniques.qat import QAT
 from qlab.techniques.technique import TECHNIQUES, Report, Technique
 
 __all__ = [
+    "QAT",
     "TECHNIQUES",
     "BatchNormFolding",
     "BatchNormReestimation",

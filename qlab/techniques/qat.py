@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from qlab.errors import Cancelled, InputError, QlabError
 from qlab.progress import Progress, publish
+from qlab.quantization import WeightQuantizer
 from qlab.settings import setting
 from qlab.sim import QuantSim, Snapshot
 from qlab.sim.batches import Batches, labels_of
@@ -111,10 +112,11 @@ class _Run:
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self.rates = [group["lr"] for group in groups]
         self.steps = 0
-        self.rows: list[dict[str, Any]] = []
+        self.epochs: list[dict[str, Any]] = []
+        self.before = {id(q): q.weight.detach().clone() for q in _weight_quantizers(sim)}
         self.best = self._measure()
         self.start = self.best
-        self.best_state, self.best_epoch = Snapshot(sim), 0
+        self._keep(0)
 
     def train(self) -> Report:
         settings, sim = self.settings, self.sim
@@ -126,17 +128,17 @@ class _Run:
                     settings.between_epochs(sim, epoch)
                 loss = self._epoch(epoch)
                 value = self._measure() if self.evaluation is not None else -loss
-                self.rows.append({"epoch": epoch + 1, "loss": loss, self._score_name: float(value)})
+                self.epochs.append({"epoch": epoch + 1, "loss": loss, self._score_name: float(value)})
                 publish(self.progress, TrainingStep(self.steps, epoch, loss, float(value)))
                 if self.evaluation is None or value >= self.best:
-                    self.best, self.best_epoch = value, epoch + 1
-                    self.best_state = Snapshot(sim)
+                    self.best = value
+                    self._keep(epoch + 1)
                 if checkpoint:
                     checkpoint.write(self, epoch + 1)
         except Cancelled:
-            if settings.on_cancel == "restore" or not self.rows:
+            if settings.on_cancel == "restore" or not self.epochs:
                 raise
-            self.notes.append(f"cancelled in epoch {len(self.rows) + 1}; the best epoch so far is kept")
+            self.notes.append(f"cancelled in epoch {len(self.epochs) + 1}; the best epoch so far is kept")
         self.best_state.restore()
         collapsed = collapsed_ranges(sim)
         if collapsed:
@@ -144,6 +146,12 @@ class _Run:
         sim.qat(None)
         sim.eval()
         return self._report()
+
+    def _keep(self, epoch: int) -> None:
+        """Remembers the present state as the best one."""
+        self.best_state, self.best_epoch = Snapshot(self.sim), epoch
+        if self.settings.checkpoint_dir is not None:
+            self.best_tensors = {k: v.detach().clone() for k, v in self.sim.state_dict().items()}
 
     @property
     def _score_name(self) -> str:
@@ -216,12 +224,26 @@ class _Run:
     def _report(self) -> Report:
         name = self._score_name
         if self.evaluation is None:
-            summary = f"{len(self.rows)} epochs, {self.steps} steps, loss {self.rows[-1]['loss']:.4g}"
+            summary = f"{len(self.epochs)} epochs, {self.steps} steps, loss {self.epochs[-1]['loss']:.4g}"
         else:
             kept = f"epoch {self.best_epoch} kept" if self.best_epoch else "no epoch was better, weights as before"
             summary = f"{name} {self.start} before, {self.best} after; {kept}"
         values = {"before": float(self.start), "after": float(self.best), "epoch": self.best_epoch, "steps": self.steps}
-        return Report("QAT", summary, tuple(self.rows), tuple(self.notes), values)
+        values["epochs"] = self.epochs
+        return Report("QAT", summary, tuple(self._layers()), tuple(self.notes), values)
+
+    def _layers(self) -> Iterator[dict[str, Any]]:
+        """How far each weight moved, relative to its size, and the range its output has now."""
+        for name, layer in self.sim.layers.items():
+            weight, output = layer.weight, layer.output
+            if weight is None or id(weight) not in self.before:
+                continue
+            before = self.before[id(weight)]
+            moved = (weight.weight.detach() - before).norm() / before.norm().clamp_min(1e-12)
+            row: dict[str, Any] = {"layer": name, "weight moved": float(moved)}
+            if output is not None and output.encoding is not None:
+                row |= {"low": float(output.encoding.minimum.min()), "high": float(output.encoding.maximum.max())}
+            yield row
 
 
 class _Checkpoint:
@@ -245,10 +267,12 @@ class _Checkpoint:
 
     def write(self, run: _Run, epoch: int) -> None:
         tensors = {f"model.{k}": v.detach().contiguous().clone() for k, v in run.sim.state_dict().items()}
+        tensors |= {f"best.{k}": v.contiguous() for k, v in run.best_tensors.items()}
         for number, state in run.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"optimizer.{number}.{key}"] = torch.as_tensor(value).clone()
-        header = {"identity": self.identity, "epoch": epoch, "steps": run.steps, "rows": run.rows}
+        header = {"identity": self.identity, "epoch": epoch, "steps": run.steps, "epochs": run.epochs}
+        header |= {"best": float(run.best), "best_epoch": run.best_epoch}
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
             save_file(tensors, temporary, metadata={"qat": json.dumps(header)})
@@ -270,7 +294,10 @@ class _Checkpoint:
         if header.get("identity") != self.identity:
             run.notes.append(f"{self.path} belongs to other settings or weights; training started anew")
             return 0
-        run.sim.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        run.sim.load_state_dict(_part(tensors, "best."))
+        run.best = run._measure() if run.evaluation is not None else header["best"]
+        run._keep(header["best_epoch"])
+        run.sim.load_state_dict(_part(tensors, "model."))
         states: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
@@ -279,10 +306,16 @@ class _Checkpoint:
         whole = run.optimizer.state_dict()
         whole["state"] = states
         run.optimizer.load_state_dict(whole)
-        run.steps, run.rows = header["steps"], header["rows"]
-        run.best, run.best_epoch = run._measure(), header["epoch"]
-        run.best_state = Snapshot(run.sim)
+        run.steps, run.epochs = header["steps"], header["epochs"]
         return int(header["epoch"])
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _weight_quantizers(sim: QuantSim) -> list[WeightQuantizer]:
+    return [q for q in sim.quantizers.values() if isinstance(q, WeightQuantizer)]
 
 
 def _teacher(sim: QuantSim) -> QuantSim:

@@ -1,0 +1,238 @@
+"""Training through the sim in a user's own loop: gradients, modes, state, and the mistakes that are said."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import qlab
+from qlab.errors import NotCalibrated
+from qlab.quantization import LearnedRange, Quantizer, QuantSpec, fake_quantize
+from qlab.sim.training import TrainingError, collapsed_ranges
+
+
+def make(preset=None) -> tuple[qlab.QuantSim, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(144, 3)
+    ).eval()
+    x = torch.randn(16, 1, 6, 6)
+    sim = qlab.QuantSim(model, x, preset or qlab.presets.w4a4())
+    sim.calibrate([x])
+    return sim, x, torch.randint(0, 3, (16,))
+
+
+def step(sim, optimizer, x, y) -> float:
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(sim(x), y)
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("mode", ["regular", "range_learning"])
+def test_the_loss_falls_in_a_plain_loop(mode):
+    sim, x, y = make()
+    sim.qat(mode)
+    sim.train()
+    optimizer = torch.optim.Adam(sim.parameters(), lr=5e-3)
+    losses = [step(sim, optimizer, x, y) for _ in range(30)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_regular_keeps_activation_grids_and_follows_the_weights():
+    sim, x, y = make()
+    grids = {n: e.output.encoding for n, e in sim.layers.items() if e.output is not None}
+    assert list(sim.range_parameters()) == []
+    sim.qat("regular")
+    optimizer = torch.optim.SGD(sim.parameters(), lr=0.5)
+    weight_grid = sim["0"].weight.encoding
+    step(sim, optimizer, x, y)
+    assert all(sim[n].output.encoding.equals(e) for n, e in grids.items())
+    assert not sim["0"].weight.encoding.equals(weight_grid)
+    weight = sim.model[0].weight.detach()
+    want = float(max(weight.max() / 7, -weight.min() / 8))
+    assert float(sim["0"].weight.encoding.scale) == pytest.approx(want, rel=1e-5)
+
+
+def test_range_learning_moves_every_range_and_keeps_them_as_frozen_encodings():
+    sim, x, y = make()
+    before = {id(q): q.encoding for q in sim.quantizers.values()}
+    sim.qat("range_learning")
+    ranges = list(sim.range_parameters())
+    assert len(ranges) == sum(1 if q.learned.low is None else 2 for q in sim.quantizers.values())
+    optimizer = torch.optim.Adam(sim.parameters(), lr=1e-2)
+    for _ in range(3):
+        step(sim, optimizer, x, y)
+    moved = [not q.encoding.equals(before[id(q)]) for q in sim.quantizers.values()]
+    assert sum(moved) >= len(moved) - 1
+    want = sim.output(x)
+    sim.qat(None)
+    assert list(sim.range_parameters()) == []
+    assert all(q.frozen for q in sim.quantizers.values())
+    assert torch.equal(sim.output(x), want)
+    sim.calibrate([x * 3])
+    assert torch.equal(sim.output(x), want)
+
+
+def test_the_starting_point_of_range_learning_is_the_calibrated_sim():
+    sim, x, _ = make()
+    want = sim.output(x)
+    sim.qat("range_learning")
+    assert torch.allclose(sim.output(x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("qmin", [0, -8])
+def test_gradients_of_the_ends_equal_finite_differences(qmin):
+    """Against a surrogate whose rounding error is frozen; everything in float64."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(200, dtype=torch.float64) * 2, torch.randn(200, dtype=torch.float64)
+    quantizer = Quantizer(QuantSpec(4, "asymmetric" if qmin == 0 else "symmetric"), "x")
+    quantizer.observe(x * 0.7)  # some values lie outside
+    quantizer.refresh()
+    learned = LearnedRange(quantizer.encoding).double()
+    learned.high.data = learned.high.data.double()
+    if learned.low is not None:
+        learned.low.data = learned.low.data.double()
+    encoding = learned.encoding()
+    (fake_quantize(x, encoding) * weight).sum().backward()
+    ends = [p for p in (learned.low, learned.high) if p is not None]
+    scale, zero = encoding.scale.detach(), encoding.zero_point.detach()
+    levels, exact = torch.round(x / scale), (encoding.qmin - ends[0].detach() / scale if qmin == 0 else zero)
+    inside = (levels + zero >= encoding.qmin) & (levels + zero <= encoding.qmax)
+    above = levels + zero > encoding.qmax
+
+    def surrogate(*values):
+        low, high = values if len(values) == 2 else (torch.zeros_like(values[0]), values[0])
+        s = (high - low) / (encoding.qmax - encoding.qmin) if qmin == 0 else high / encoding.qmax
+        z = (encoding.qmin - low / s) + (zero - exact) if qmin == 0 else zero
+        kept = (levels - x / scale) * s + x
+        clipped = torch.where(above, (encoding.qmax - z) * s, (encoding.qmin - z) * s)
+        return (torch.where(inside, kept, clipped) * weight).sum()
+
+    for position, end in enumerate(ends):
+        numeric = []
+        for delta in (1e-6, -1e-6):
+            moved = [e.detach().clone() for e in ends]
+            moved[position] += delta
+            numeric.append(surrogate(*moved))
+        want = float((numeric[0] - numeric[1]) / 2e-6)
+        assert float(end.grad) == pytest.approx(want, rel=1e-3, abs=1e-3)
+
+
+def test_a_collapsed_or_crossed_range_stays_valid_and_is_named():
+    sim, x, _ = make()
+    sim.qat("range_learning")
+    quantizer = sim["2"].output
+    with torch.no_grad():
+        quantizer.learned.high.fill_(-1.0)
+    encoding = quantizer.encoding
+    assert float(encoding.scale) > 0
+    assert encoding.qmin <= int(encoding.zero_point) <= encoding.qmax
+    assert bool(torch.isfinite(sim.output(x)).all())
+    assert collapsed_ranges(sim) == ["2"]
+
+
+def test_an_optimizer_built_too_early_is_said_at_its_first_step():
+    sim, x, y = make()
+    optimizer = torch.optim.SGD(sim.parameters(), lr=0.1)
+    sim.qat("range_learning")
+    with pytest.raises(TrainingError, match=r"built before sim\.qat"):
+        step(sim, optimizer, x, y)
+    other = torch.optim.SGD(sim.parameters(), lr=0.1)
+    step(sim, other, x, y)
+
+
+def test_a_stranger_s_optimizer_is_left_alone():
+    sim, _, _ = make()
+    sim.qat("range_learning")
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    parameter.grad = torch.ones(1)
+    optimizer.step()
+
+
+def test_an_uncalibrated_sim_and_unknown_modes_are_refused():
+    sim = qlab.QuantSim(nn.Linear(3, 3), torch.randn(2, 3))
+    with pytest.raises(NotCalibrated, match="calibrate"):
+        sim.qat("regular")
+    with pytest.raises(TrainingError, match="regular"):
+        make()[0].qat("fast")
+
+
+def test_state_dict_resumes_training_bit_for_bit():
+    sim, x, y = make()
+    sim.qat("range_learning")
+    optimizer = torch.optim.Adam(sim.parameters(), lr=1e-2)
+    step(sim, optimizer, x, y)
+    saved, saved_optimizer = copy.deepcopy(sim.state_dict()), copy.deepcopy(optimizer.state_dict())
+    step(sim, optimizer, x, y)
+    want = sim.output(x)
+    other, _, _ = make()
+    other.qat("range_learning")
+    other.load_state_dict(saved)
+    resumed = torch.optim.Adam(other.parameters(), lr=1e-2)
+    resumed.load_state_dict(saved_optimizer)
+    step(other, resumed, x, y)
+    assert torch.equal(other.output(x), want)
+
+
+def test_gradients_accumulate_and_groups_take_their_own_rate():
+    sim, x, y = make()
+    sim.qat("range_learning")
+    sim.eval()
+    nn.functional.cross_entropy(sim(x), y).backward()
+    whole = [p.grad.clone() for p in sim.parameters()]
+    sim.zero_grad()
+    for part in (slice(0, 8), slice(8, 16)):
+        (nn.functional.cross_entropy(sim(x[part]), y[part]) / 2).backward()
+    assert all(torch.allclose(p.grad, w, atol=1e-5) for p, w in zip(sim.parameters(), whole, strict=True))
+    ranges = {id(p) for p in sim.range_parameters()}
+    weights = [p for p in sim.parameters() if id(p) not in ranges]
+    frozen = [p.detach().clone() for p in sim.range_parameters()]
+    optimizer = torch.optim.SGD([{"params": weights}, {"params": list(sim.range_parameters()), "lr": 0.0}], lr=0.1)
+    optimizer.step()
+    assert all(torch.equal(p, f) for p, f in zip(sim.range_parameters(), frozen, strict=True))
+
+
+def test_autocast_trains_and_keeps_grids_in_float32():
+    sim, x, y = make(qlab.presets.w8a8())
+    sim.qat("range_learning")
+    optimizer = torch.optim.SGD(sim.parameters(), lr=0.01)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = nn.functional.cross_entropy(sim(x).float(), y)
+    loss.backward()
+    optimizer.step()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in sim.range_parameters())
+
+
+def test_dropout_is_live_in_training_and_silent_in_eval():
+    sim, x, _ = make()
+    sim.qat("regular")
+    sim.train()
+    with torch.no_grad():
+        assert not torch.equal(sim(x), sim(x))
+        sim.eval()
+        assert torch.equal(sim(x), sim(x))
+
+
+def test_an_earlier_rounding_is_given_up_and_said():
+    sim, _, _ = make()
+    sim["5"].weight.set_rounding(torch.zeros(3, 144))
+    notes = sim.qat("regular")
+    assert any("5" in note and "dropped" in note for note in notes)
+    assert sim["5"].weight.rounding is None
+
+
+def test_a_snapshot_taken_in_training_comes_back_with_its_ranges():
+    sim, x, y = make()
+    sim.qat("range_learning")
+    optimizer = torch.optim.Adam(sim.parameters(), lr=1e-1)
+    want, snapshot = sim.output(x), qlab.Snapshot(sim)
+    step(sim, optimizer, x, y)
+    assert not torch.equal(sim.output(x), want)
+    snapshot.restore()
+    assert torch.equal(sim.output(x), want)
+    assert sim.qat_mode == "range_learning"
+    step(sim, optimizer, x, y)  # the parameters are still those of the optimizer
