@@ -406,7 +406,8 @@ class Lab:
 
 def _new_dashboard(lab: Lab) -> Any:
     """A dashboard, None where no kernel with widgets runs."""
-    if "IPython" not in sys.modules or getattr(sys.modules["IPython"].get_ipython(), "kernel", None) is None:
+    ipython = sys.modules.get("IPython")
+    if ipython is None or getattr(ipython.get_ipython(), "kernel", None) is None:
         return None
     try:
         views = import_module("qlab.views")  # by name: the lab works without any view
