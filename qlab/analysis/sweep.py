@@ -1,0 +1,118 @@
+"""Runs many cases on the same batches, each from the first layer that differs: the sum of suffixes, not of forwards.
+
+Values of the float run serve every 'enabled' case, values of the fully quantized run every 'disabled' one. Results are
+those of full runs, bit for bit (Replay).
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlab.analysis.bits import Bits
+from qlab.analysis.cases import Case
+from qlab.analysis.shadow import shadow
+from qlab.analysis.units import acting_layers
+from qlab.graph import Layer, Replay
+from qlab.sim import QuantSim, Role
+
+
+@dataclass(frozen=True)
+class Work:
+    """What was computed: calls of layers, and their work in units of a full forward of one batch."""
+
+    layer_calls: int = 0
+    forwards: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.layer_calls + other.layer_calls, self.forwards + other.forwards)
+
+
+class Sweep:
+    """The cases of one analysis of one sim; `sim` is never changed.
+
+    max_bytes: budget for remembered values, shared by the float and the quantized run; exceeded, it is slower.
+    """
+
+    def __init__(self, sim: QuantSim, cases: Sequence[Case], max_bytes: int = 1 << 30) -> None:
+        self.cases = list(cases)
+        self.work = Work()
+        self._max_bytes = max_bytes
+        widths = dict.fromkeys(case.bits for case in cases if case.bits is not None) or {Bits(): None}
+        self._shadows = {bits: shadow(sim, bits) for bits in widths}
+        self._default = next(iter(self._shadows))
+        self._on = {key for key, quantizer in self.sim.quantizers.items() if quantizer.enabled}
+        self._kept = self._boundaries()
+        self._now: tuple[Bits, QuantSim] = self._default, self.sim
+
+    @property
+    def sim(self) -> QuantSim:
+        """A shadow, for what needs the graph alone."""
+        return self._shadows[self._default]
+
+    def switch_to(self, case: Case) -> QuantSim:
+        """The shadow on which this case holds; valid until the next call."""
+        bits = case.bits or self._default
+        twin = self._shadows[bits]
+        for key, quantizer in twin.quantizers.items():
+            quantizer.enabled = key in self._on and case.quantizes(key)  # type: ignore[assignment]
+        self._now = bits, twin
+        return twin
+
+    @torch.no_grad()
+    def outputs(self, batches: Sequence[Any], cases: Sequence[Case] | None = None) -> Iterator[tuple[Case, list[Any]]]:
+        """(case, the model's result on each batch) for every case, in their order but one bit width after the other."""
+        flat = [self.sim.inputs(batch) for batch in batches]
+        asked = list(self.cases if cases is None else cases)
+        of_float = self._replay(flat, Case("float"))
+        yield from self._run([case for case in asked if case.bits is None], of_float, None)
+        for bits in dict.fromkeys(case.bits for case in asked if case.bits is not None):
+            own = [case for case in asked if case.bits == bits]
+            needed = any(case.mode in ("both", "disabled") for case in own)
+            of_sim = self._replay(flat, Case("both", bits)) if needed else None
+            yield from self._run(own, of_float, of_sim)
+            self._count(of_sim)
+        self._count(of_float)
+
+    def _run(self, cases: list[Case], of_float: Replay, of_sim: Replay | None) -> Iterator[tuple[Case, list[Any]]]:
+        for case in cases:
+            self.switch_to(case)
+            replay = of_sim if of_sim is not None and case.mode in ("both", "disabled") else of_float
+            yield case, replay.outputs(commit=False)
+
+    def _replay(self, flat: list[Any], case: Case) -> Replay:
+        """A replay that remembers the values of `case`."""
+        kept = self._kept
+        replay = Replay(
+            self.sim.graph,
+            flat,
+            lambda layer, args, kwargs: self._now[1].call(layer, args, kwargs),
+            self._fingerprint,
+            keeps=lambda layer: layer.index in kept,
+            max_bytes=self._max_bytes // 2,
+            full_share=1.0,  # a suffix that is asked for once is never dearer than the whole
+        )
+        self.switch_to(case)
+        replay.outputs()
+        return replay
+
+    def _fingerprint(self, layer: Layer) -> Hashable:
+        bits, sim = self._now
+        entry = sim.placed[layer.name]
+        weight = entry.weight is not None and entry.weight.enabled
+        output = entry.role is Role.QUANTIZED and entry.output is not None and entry.output.enabled
+        bias = weight and not entry.carries_weight and sim.bias_scale(layer) is not None
+        return (bits, weight, output, bias) if weight or output else None
+
+    def _boundaries(self) -> set[int]:
+        """The layers whose values some case starts from: what changed layers read from unchanged ones; and results."""
+        graph, kept = self.sim.graph, {layer.index for layer in self.sim.graph.outputs if isinstance(layer, Layer)}
+        for unit in {case.unit for case in self.cases if case.unit is not None}:
+            dirty = graph.downstream(acting_layers(self.sim, unit.quantizers))
+            kept |= {source.index for index in dirty for source in graph.layers[index].inputs} - dirty
+        return kept
+
+    def _count(self, replay: Replay | None) -> None:
+        if replay is not None:
+            self.work += Work(replay.counts.layer_calls, replay.counts.forwards)
