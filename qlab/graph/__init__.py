@@ -1,6 +1,7 @@
 """The captured model: layers, how they are found, and how they are run again in part."""
 
-from qlab.graph.capture import capture, example_arguments
+from qlab.graph.capture import capture
+from qlab.graph.example import example_arguments
 from qlab.graph.kinds import KNOWN_RANGES, SAME_GRID, WEIGHTED
 from qlab.graph.layer_graph import FoldedNorm, Layer, LayerGraph, call_layer, fill
 from qlab.graph.linear_form import LinearForm, linear_form

@@ -6,8 +6,6 @@ The model itself is never changed: capture works on a deep copy.
 """
 
 import contextlib
-import copy
-import dataclasses
 import inspect
 import logging
 import operator
@@ -15,7 +13,7 @@ import re
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +21,24 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from qlab.errors import CaptureError
+from qlab.graph.admission import (
+    admitted,
+    readable,
+    readable_forward,
+    register_results,
+    result_of,
+    unreadable,
+    without_fused_attention,
+)
+from qlab.graph.example import (
+    at_least_two,
+    check_example,
+    cloned,
+    example_arguments,
+    on_device_of,
+    positional_parameters,
+    tensors_of,
+)
 from qlab.graph.layer_graph import Layer, LayerGraph, call_layer
 
 
@@ -34,56 +50,30 @@ def capture(model: nn.Module, example: Any, dynamic: Sequence[int] = ()) -> Laye
     Raises CaptureError with the user's file and line where the model cannot be captured, or the first differing layer
     where the captured graph does not reproduce the model bit for bit.
     """
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"expected a torch.nn.Module; got {type(model).__name__}.")
-    own = _copy(model)
+    own = admitted(model)
     args, kwargs = example_arguments(own, example)
-    args, kwargs = _at_least_two(args, kwargs)
-    with torch.no_grad(), _without_fused_attention():
-        reference = own(*_cloned(args), **_cloned(kwargs))
+    check_example(args, kwargs)
+    args, kwargs = at_least_two(*on_device_of(own, (args, kwargs)))
+    reference = result_of(own, args, kwargs)
     register_results(reference)
-    program = _export(own, args, kwargs, dynamic)
+    left_out = unreadable(reference)
+    if left_out and not tensors_of(reference):
+        raise CaptureError(
+            f"forward returns {' and '.join(left_out)}, in which no tensor can be seen. Return tensors, or tuples, "
+            "lists, dicts or dataclasses of them."
+        )
+    with readable_forward(own, kwargs, reference):
+        program = _export(own, args, kwargs, dynamic)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flat = program.run_decompositions({}).module(check_guards=False)
     graph = _to_layers(own, flat, program, args, kwargs)
     for layer, value in zip(graph.input_layers, pytree.tree_leaves((args, kwargs)), strict=True):
         layer.example_shape = tuple(value.shape) if isinstance(value, Tensor) else None
-    _verify(graph, args, kwargs, reference)
+        layer.constant = None if isinstance(value, Tensor) else value
+    graph.left_out = left_out
+    _verify(graph, args, kwargs, readable(reference))
     return graph
-
-
-def example_arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) with which `model` is called on `example`, which may be a labelled batch."""
-    parameters = _positional_parameters(model)
-    if isinstance(example, Mapping):
-        accepted = {p.name for p in inspect.signature(model.forward).parameters.values()}
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
-        if takes_any or accepted & set(example):
-            return (), {k: v for k, v in example.items() if (takes_any or k in accepted) and k != "labels"}
-        return (dict(example),), {}
-    if isinstance(example, (list, tuple)):
-        most = len(parameters) if parameters is not None else len(example)
-        required = sum(p.default is p.empty for p in parameters) if parameters is not None else len(example)
-        taken = len(example) if len(example) <= required else max(required, 1)
-        if parameters is not None and most > required and len(example) > required:
-            # Optional parameters are filled only where every further entry is an input, not a label.
-            rest = example[required:most]
-            if len(example) <= most and not any(_is_label(value) for value in rest):
-                taken = len(example)
-        return tuple(example[:taken]), {}
-    return (example,), {}
-
-
-@contextlib.contextmanager
-def _without_fused_attention() -> Iterator[None]:
-    """nn.MultiheadAttention takes a fused kernel in inference; its last bits differ from the code export reads."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager
@@ -100,95 +90,62 @@ def _quiet_logs() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _is_label(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_floating_point() and value.dim() <= 1
-
-
-def _positional_parameters(model: nn.Module) -> list[inspect.Parameter] | None:
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode whose activations do not overwrite their inputs."""
-    try:
-        own = copy.deepcopy(model).eval()
-    except Exception as error:
-        raise CaptureError(f"the model cannot be deep-copied ({error}); qlab works on a copy only.") from error
-    for module in own.modules():
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False
-    for parameter in own.parameters():
-        parameter.grad = None
-    return own
-
-
-def _cloned(tree: Any) -> Any:
-    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, tree)
-
-
-def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example with a batch of 1 repeated to 2: export treats a size of 1 as a constant."""
-    tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.dim()]
-    if not tensors or tensors[0].shape[0] != 1:
-        return args, kwargs
-    return pytree.tree_map(
-        lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() and v.shape[0] == 1 else v, (args, kwargs)
-    )
-
-
-def register_results(result: Any) -> None:
-    """Lets dataclasses among the results pass through export, as dicts and tuples do."""
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        if type(result) not in pytree.SUPPORTED_NODES:
-            torch.export.register_dataclass(type(result))
-        for field in dataclasses.fields(result):
-            register_results(getattr(result, field.name))
-    elif isinstance(result, Mapping):
-        for value in result.values():
-            register_results(value)
-    elif isinstance(result, (list, tuple)):
-        for value in result:
-            register_results(value)
-
-
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Sequence[int]
 ) -> torch.export.ExportedProgram:
-    tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.dim()]
-    if not tensors:
-        raise CaptureError("the example holds no tensor with a batch axis. Pass one batch as the model takes it.")
-    batch = tensors[0].shape[0]
+    first: Exception | None = None
+    for batch_axis in (torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO):
+        # AUTO: a tensor may have its batch on another axis, or the batch's size by chance.
+        try:
+            program = _traced(model, args, kwargs, dynamic_shapes(model, args, kwargs, dynamic, batch_axis))
+        except Exception as error:
+            first = first or error
+            if not _is_about_sizes(error):
+                raise CaptureError(_explain(model, first)) from error
+        else:
+            if first is None or _has_free_axis(program):
+                return program
+    assert first is not None
+    raise CaptureError(_explain(model, first)) from first
+
+
+def _traced(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> torch.export.ExportedProgram:
+    with warnings.catch_warnings(), torch.no_grad(), without_fused_attention(), _quiet_logs():
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def dynamic_shapes(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: Sequence[int] = (),
+    batch_axis: Any = torch.export.Dim.DYNAMIC,
+) -> dict[str, Any]:
+    """For each parameter of `forward` which axes are free: the first where its size is the batch's, and `dynamic`."""
+    batch = next(tensor.shape[0] for tensor in tensors_of((args, kwargs)) if tensor.dim())
 
     def shape(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return None
-        axes = [0] if value.dim() and value.shape[0] == batch else []
-        axes += [axis for axis in dynamic if 0 < axis < value.dim()]
-        return dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+        axes = {0: batch_axis} if value.dim() and value.shape[0] == batch else {}
+        return axes | {axis: torch.export.Dim.DYNAMIC for axis in dynamic if 0 < axis < value.dim()}
 
-    shapes_args, shapes_kwargs = pytree.tree_map(shape, args), pytree.tree_map(shape, kwargs)
-    shapes = _by_parameter(model, shapes_args, shapes_kwargs)
-    try:
-        with warnings.catch_warnings(), torch.no_grad(), _without_fused_attention(), _quiet_logs():
-            warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        raise CaptureError(_explain(model, error)) from error
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return {name: pytree.tree_map(shape, value) for name, value in given.items()}
 
 
-def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dynamic shapes keyed as export wants them: a tuple for positional arguments, else by parameter name."""
-    if not kwargs:
-        return args
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    named = {p.name: value for p, value in zip(parameters, args, strict=False)}
-    explicit = {k: v for k, v in kwargs.items() if any(p.name == k for p in parameters)}
-    rest = {k: v for k, v in kwargs.items() if k not in explicit}
-    collector = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
-    return named | explicit | ({collector: rest} if rest and collector else {})
+def _is_about_sizes(error: Exception) -> bool:
+    """Whether export failed because the code fixes a size that was declared free."""
+    text = str(error).lower()
+    return "ConstraintViolation" in type(error).__name__ or any(w in text for w in ("constraint", "specialized"))
+
+
+def _has_free_axis(program: torch.export.ExportedProgram) -> bool:
+    values = [_value(node) for node in program.graph.nodes if node.op == "placeholder"]
+    return any(_size(d) is None for value in values if isinstance(value, Tensor) for d in value.shape)
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
@@ -207,10 +164,11 @@ def _explain(model: nn.Module, error: Exception) -> str:
             "the code branches on the values of a tensor",
             "Replace the branch by torch.where or torch.cond, or move it out of forward. ",
         )
-    elif "ConstraintViolation" in name or "constraints" in text.lower() or "specialized" in text.lower():
+    elif _is_about_sizes(error):
         cause, advice = (
             "the code fixes a size that must stay free (the batch size, or an axis in `dynamic`)",
-            "Use x.shape[0] and -1 in view and reshape instead of numbers. ",
+            "Use x.shape[0] and -1 in view and reshape instead of numbers. A batch on another axis than the first is "
+            "named by dynamic=(1,). ",
         )
     else:
         cause, advice = "torch.export cannot follow the code", ""
@@ -242,7 +200,7 @@ def _to_layers(
         if node.op == "output":
             outputs = fx.map_arg(node.args[0], lambda n: by_node[n])
             continue
-        if node.op == "call_function" and node.name.startswith("_guards"):
+        if node.op == "call_function" and (node.name.startswith("_guards") or _writes_an_input(node)):
             continue
         convert = {"args": tuple(fx.map_arg(node.args, lambda n: by_node[n]))}
         kw = dict(fx.map_arg(node.kwargs, lambda n: by_node[n]))
@@ -265,12 +223,18 @@ def _to_layers(
         _describe(layer, node)
         by_node[node] = layer
         layers.append(layer)
-    parameters = _positional_parameters(root)
+    parameters = positional_parameters(root)
     signature = [p.name for p in parameters] if parameters is not None else [f"arg{i}" for i in range(len(args))]
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None
     assert out_spec is not None
     return LayerGraph(root, layers, list(outputs), in_spec, out_spec, signature, len(args), list(kwargs))
+
+
+def _writes_an_input(node: fx.Node) -> bool:
+    """Whether the call writes into what the caller handed in: the graph leaves its inputs as they are."""
+    target = node.args[0] if node.args else None
+    return node.target is torch.ops.aten.copy_.default and isinstance(target, fx.Node) and target.op == "placeholder"
 
 
 def _plain_lists(tree: Any) -> Any:
@@ -402,12 +366,17 @@ def _value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def _size(dimension: Any) -> int | None:
+    """The size of one axis, None where it is free."""
+    return dimension if isinstance(dimension, int) else dimension.node.maybe_as_int()
+
+
 def _describe(layer: Layer, node: fx.Node) -> None:
     value = _value(node)
     if layer.owner is not None:
         value = getattr(layer.owner, layer.attribute)
     if isinstance(value, Tensor):
-        layer.shape = tuple(d if isinstance(d, int) else None for d in value.shape)
+        layer.shape = tuple(map(_size, value.shape))
         layer.dtype = value.dtype
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [f"{file}:{line}" for file, line in frames if "/torch/" not in file] or [f"{f}:{n}" for f, n in frames]
@@ -419,7 +388,7 @@ def _describe(layer: Layer, node: fx.Node) -> None:
 
 def _verify(graph: LayerGraph, args: tuple[Any, ...], kwargs: dict[str, Any], reference: Any) -> None:
     with torch.no_grad():
-        result = graph.run(graph.bind(_cloned(args), _cloned(kwargs)))
+        result = graph.run(graph.bind(cloned(args), cloned(kwargs)))
     wanted, have = pytree.tree_leaves(reference), pytree.tree_leaves(result)
     same = len(wanted) == len(have) and all(_same(a, b) for a, b in zip(wanted, have, strict=True))
     if not same:
@@ -436,14 +405,14 @@ def _first_difference(graph: LayerGraph, args: tuple[Any, ...], kwargs: dict[str
     """Names the first layer whose module gives another value in the graph than inside the model."""
     seen: dict[str, list[Any]] = defaultdict(list)
     hooks = [
-        module.register_forward_hook(lambda _m, _i, out, name=name: seen[name].append(_cloned(out)))
+        module.register_forward_hook(lambda _m, _i, out, name=name: seen[name].append(cloned(out)))
         for name, module in graph.root.named_modules()
         if name
     ]
     differing: list[str] = []
     try:
-        with torch.no_grad(), _without_fused_attention():
-            graph.root(*_cloned(args), **_cloned(kwargs))
+        with torch.no_grad(), without_fused_attention():
+            graph.root(*cloned(args), **cloned(kwargs))
             inside = {name: list(values) for name, values in seen.items()}
             counts: dict[str, int] = defaultdict(int)
 
@@ -456,7 +425,7 @@ def _first_difference(graph: LayerGraph, args: tuple[Any, ...], kwargs: dict[str
                         differing.append(layer.name)
                 return value
 
-            graph.run(graph.bind(_cloned(args), _cloned(kwargs)), call)
+            graph.run(graph.bind(cloned(args), cloned(kwargs)), call)
     finally:
         for hook in hooks:
             hook.remove()

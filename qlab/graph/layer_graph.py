@@ -63,6 +63,7 @@ class Layer:
         self.shape: tuple[int | None, ...] | None = None
         self.example_shape: tuple[int, ...] | None = None  # of an input layer: the sizes it was captured with
         self.dtype: torch.dtype | None = None
+        self.constant: Any = None  # of an input layer that is no tensor: the value it was captured with
 
     @property
     def inputs(self) -> list["Layer"]:
@@ -152,6 +153,7 @@ class LayerGraph:
     arguments and takes results. signature: the names of the model's positional parameters, of which the example gave
     the first `positional` by position and `keywords` by name. edits: structural changes since capture, as data (see
     `replace_module`). folded: what folded BatchNorms knew, by the name of the layer that stands in their place.
+    left_out: classes among the model's results that hold no tensor for capture to see; None stands in their place.
     """
 
     def __init__(
@@ -175,6 +177,7 @@ class LayerGraph:
         self.keywords = list(keywords)
         self.edits: list[tuple[str, str]] = []
         self.folded: dict[str, FoldedNorm] = {}
+        self.left_out: tuple[str, ...] = ()
         self.link()
 
     def link(self) -> None:
@@ -243,7 +246,7 @@ class LayerGraph:
                 f"{sorted(kwargs)} keyword arguments. Call it as in the example given to QuantSim."
             ) from None
         for layer, value in zip(self.input_layers, flat, strict=True):
-            _check_shape(layer, value)
+            _check_input(layer, value)
         return flat
 
     def run(self, flat: Sequence[Any], call: Call | None = None) -> Any:
@@ -328,11 +331,16 @@ def _is_plain(layer: Layer) -> bool:
     return not nested
 
 
-def _check_shape(layer: Layer, value: Any) -> None:
-    if layer.shape is None or not isinstance(value, Tensor):
-        if layer.shape is not None:
-            raise InputError(f"input {layer.name!r} must be a tensor; got {type(value).__name__}.")
+def _check_input(layer: Layer, value: Any) -> None:
+    if layer.shape is None:
+        if isinstance(value, Tensor) or type(value) is not type(layer.constant) or value != layer.constant:
+            raise InputError(
+                f"input {layer.name!r} was captured as {layer.constant!r} and stays so; got {value!r}. Capture the "
+                "model once for each value, or make it a tensor."
+            )
         return
+    if not isinstance(value, Tensor):
+        raise InputError(f"input {layer.name!r} must be a tensor; got {type(value).__name__}.")
     fits = len(value.shape) == len(layer.shape) and all(
         want is None or want == have for want, have in zip(layer.shape, value.shape, strict=True)
     )

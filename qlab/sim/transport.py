@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from qlab.errors import InputError
-from qlab.graph.capture import register_results
+from qlab.graph.admission import register_results
 
 try:  # carries functions and classes of a notebook; comes with qlab[dask]
     from cloudpickle import Pickler as _BasePickler

@@ -166,3 +166,160 @@ def test_replacing_a_module_is_recorded_and_computes_the_new_function():
         assert torch.equal(graph.run([x]), torch.relu(model[0](x)))
     assert graph.edits == [("1", "relu")]
     assert graph["1"].kind == "relu"
+
+
+class Plain(nn.Module):
+    """A linear layer behind any signature."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (nn.Linear, "Pass an instance"),
+        (torch.jit.script(nn.Linear(3, 3)), "TorchScript"),
+        (nn.Sequential(nn.LazyLinear(3)), r"'0\.weight' has no shape yet.*Run model\(example\) once"),
+        (nn.Sequential(nn.Linear(3, 3)).to("meta"), r"'0\.weight' is on the meta device"),
+    ],
+)
+def test_a_model_without_code_or_weights_is_refused_in_one_sentence(model, says):
+    with pytest.raises(CaptureError, match=says):
+        capture(model, torch.randn(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [
+        (torch.randn(2, 3).numpy(), r"no tensor with a batch axis \(it holds ndarray\)"),
+        (torch.randn(0, 3), r"no sample: a tensor of shape \[0, 3\]"),
+        (torch.randn(2, 3, device="meta"), "on the meta device"),
+    ],
+)
+def test_an_example_without_data_is_refused_in_one_sentence(example, says):
+    with pytest.raises(CaptureError, match=says):
+        capture(nn.Sequential(nn.Linear(3, 3)), example)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrappers_are_taken_off(wrap):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval()
+    graph = capture(wrap(model), torch.randn(2, 3))
+    assert [layer.name for layer in graph] == ["input", "0", "1"]
+
+
+def test_a_forward_that_raises_keeps_its_own_error_and_traceback():
+    class Raises(Plain):
+        def forward(self, x):
+            return self.fc(x).view(7, 7)
+
+    with pytest.raises(RuntimeError, match="invalid for input of size 6") as caught:
+        capture(Raises(), torch.randn(2, 3))
+    assert "return self.fc(x).view(7, 7)" in str(caught.traceback[-1].statement)
+    assert "Raises(float32[2, 3])" in caught.value.__notes__[0]
+
+
+def test_any_number_of_arguments_and_keywords_is_captured():
+    class Collects(Plain):
+        def forward(self, first, *rest, **named):
+            return self.fc(first + sum(rest)) + sum(named.values())
+
+    model = Collects().eval()
+    x, y, z = torch.randn(3, 2, 3)
+    graph = capture(model, (x, y, z))
+    assert same(graph.run(graph.bind((y, y, x), {})), model(y, y, x))
+
+    class Keywords(Plain):
+        def forward(self, **named):
+            return self.fc(named["a"]) + named["b"]
+
+    model = Keywords().eval()
+    graph = capture(model, {"a": x, "b": y})
+    a = torch.randn(5, 3)
+    assert same(graph.run(graph.bind((), {"b": a, "a": 2 * a})), model(a=2 * a, b=a))
+
+
+def test_a_number_among_the_inputs_stays_what_it_was_and_another_is_refused():
+    class Scaled(Plain):
+        def forward(self, x, factor):
+            return self.fc(x) * factor
+
+    graph = capture(Scaled(), (torch.randn(2, 3), 2.0))
+    graph.bind((torch.randn(5, 3), 2.0), {})
+    with pytest.raises(InputError, match=r"'factor' was captured as 2\.0 and stays so; got 3\.0"):
+        graph.bind((torch.randn(5, 3), 3.0), {})
+
+
+def test_a_batch_along_another_axis_is_named_by_dynamic():
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(4, 4)  # its length is fixed by export
+
+        def forward(self, x):
+            return self.gru(x)[0]
+
+    model = TimeFirst().eval()
+    with pytest.raises(CaptureError, match=r"dynamic=\(1,\)"):
+        capture(model, torch.randn(3, 2, 4))
+    graph = capture(model, torch.randn(3, 2, 4), dynamic=(1,))
+    x = torch.randn(3, 7, 4)
+    assert same(graph.run(graph.bind((x,), {})), model(x))
+    with pytest.raises(InputError, match=r"must have shape \[3, 'any', 4\]"):
+        graph.bind((torch.randn(5, 7, 4),), {})
+
+
+def test_an_input_that_has_the_batchs_size_by_chance_stays_fixed():
+    class Mixes(Plain):
+        def forward(self, x, matrix):
+            return self.fc(x @ matrix.view(3, 3))
+
+    model = Mixes().eval()
+    matrix = torch.randn(3, 3)
+    graph = capture(model, (torch.randn(3, 3), matrix))
+    x = torch.randn(6, 3)
+    assert same(graph.run(graph.bind((x, matrix), {})), model(x, matrix))
+
+
+def test_results_that_hold_no_tensor_to_see_are_left_out_and_named():
+    class Cache:
+        def __init__(self, value):
+            self.value = value
+
+    class Model(Plain):
+        def forward(self, x):
+            y = self.fc(x)
+            return {"y": y, "cache": Cache(y)}
+
+    model = Model().eval()
+    graph = capture(model, torch.randn(2, 3))
+    assert graph.left_out == ("Cache",)
+    x = torch.randn(4, 3)
+    result = graph.run(graph.bind((x,), {}))
+    assert result["cache"] is None
+    assert same(result["y"], model(x)["y"])
+    assert "forward" not in graph.root.__dict__
+
+    class Only(Plain):
+        def forward(self, x):
+            return Cache(self.fc(x))
+
+    with pytest.raises(CaptureError, match="returns Cache, in which no tensor"):
+        capture(Only(), torch.randn(2, 3))
+
+
+def test_inputs_that_the_model_overwrites_are_left_as_they_are():
+    class Writes(Plain):
+        def forward(self, x):
+            x.mul_(2).add_(1)
+            return self.fc(x)
+
+    model = Writes().eval()
+    x = torch.randn(4, 3)
+    given = x.clone()
+    graph = capture(model, torch.randn(2, 3))
+    result = graph.run(graph.bind((x,), {}))
+    assert same(x, given)
+    assert same(result, model(given))
