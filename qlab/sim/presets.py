@@ -1,6 +1,6 @@
 """Presets: what a target asks of a model, as plain values. Edit one with `dataclasses.replace`, or write your own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qlab.quantization import PER_CHANNEL, PER_TENSOR, QuantSpec, Scheme
 
@@ -28,8 +28,8 @@ class Preset:
     name: shown to the person. weight, output: specs for weights and activations. skip: globs of layer names that stay
     float. supergroups: sequences of kinds that share the last one's output quantizer. kinds: overrides for a kind, as
     (kind, 'weight' or 'output', spec or None for float). float_kinds: kinds whose output stays float. share_cat:
-    inputs of a concatenation share one grid. quantize_inputs: model inputs are quantized. int32_bias: biases are
-    rounded to int32 with scale input * weight, as integer kernels hold them.
+    inputs of a concatenation share one grid. quantize_inputs: model inputs are quantized. int32_bias: layers are
+    computed as integer kernels do, with biases rounded to int32 (scale input * weight) and exact sums.
     """
 
     name: str
@@ -91,6 +91,23 @@ def w4a4(
 ) -> Preset:
     """4-bit weights and activations; arguments as in `w8a8`. Ranges are clipped by default: at 4 bits it pays."""
     return _preset("w4a4", 4, 4, per_channel, symmetric, skip, rule, int32_bias)
+
+
+def onnxruntime(
+    per_channel: bool = False,
+    symmetric: bool | None = None,
+    skip: tuple[str, ...] | list[str] = (),
+    rule: str = "min_max",
+) -> Preset:
+    """8-bit weights and activations as ONNX Runtime's integer kernels compute them; arguments as in `w8a8`.
+
+    Biases are int32, sums of integers are exact and rounded once. Softmax lies on steps of 1/256 (1/128 on a signed
+    grid): its kernel multiplies by the largest whole number in 1 / scale, which for 1/255 in float32 is 254.
+    """
+    preset = _preset("onnxruntime", 8, 8, per_channel, symmetric, skip, rule, int32_bias=True)
+    highest = preset.output.limits()[1]
+    softmax = replace(preset.output, known_range=(0.0, highest / (highest + 1)))
+    return replace(preset, kinds=(("softmax", "output", softmax),))
 
 
 def _preset(

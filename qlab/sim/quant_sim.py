@@ -16,9 +16,11 @@ from torch.func import functional_call
 
 from qlab.errors import UnknownLayer, nearest
 from qlab.graph import Layer, call_layer, capture
+from qlab.graph.kinds import WEIGHTED
 from qlab.progress import Progress, Silent
 from qlab.quantization import Quantizer, WeightQuantizer
 from qlab.sim.batches import Batches, flat_inputs
+from qlab.sim.integer_kernels import integer_kernel
 from qlab.sim.log import LogEntry, Marks
 from qlab.sim.placement import Placed, Role, matches_glob, place
 from qlab.sim.presets import Preset, w8a8
@@ -227,8 +229,9 @@ class QuantSim(nn.Module):
         if entry.weight is not None:
             _ = entry.weight.encoding  # found now if the weight has changed, so that the version counts it
             parts.append(entry.weight.version)
-            if self.preset.int32_bias and (grid := self.input_quantizer(layer)) is not None:
-                parts.append(grid.version)
+        if self.preset.int32_bias and layer.kind in WEIGHTED | {"depthwise_conv"}:
+            parts += [grid.version for s in layer.inputs if (grid := self.placed[s.name].output) is not None]
+            parts.append(-1 if entry.output is None else entry.output.version)
         if entry.role is Role.QUANTIZED and entry.output is not None:
             parts.append(entry.output.version)
         return tuple(parts)
@@ -392,9 +395,10 @@ class _Step:
             self.compute = _plain
         else:
             self.compute = _WITH_WEIGHT.get(type(layer.module), _functional)
+        self.integer = integer_kernel(sim, layer) if sim.preset.int32_bias else None
 
     def __call__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = self.compute(self, layer, args, kwargs)
+        value = self.compute(self, layer, args, kwargs) if self.integer is None else self.exact(layer, args, kwargs)
         output = self.output
         if output is None or not output.enabled:
             return value
@@ -402,17 +406,31 @@ class _Step:
             return output(value)
         return output.quantize_(value) if _is_fresh(value, args, layer) else output(value)
 
+    def exact(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As an integer kernel computes it, where one would; gradients are those of the float computation."""
+        differentiable = torch.is_grad_enabled()
+        if differentiable and self.sim.training:
+            return self.compute(self, layer, args, kwargs)
+        with torch.no_grad():
+            exact = self.integer(args, self.corrected_bias())  # type: ignore[misc]
+        if exact is None or differentiable:
+            value = self.compute(self, layer, args, kwargs)
+            return value if exact is None else value + (exact - value).detach()
+        return exact
+
+    def corrected_bias(self) -> Tensor | None:
+        """The bias in float, with its correction while the weight is quantized."""
+        bias: Tensor | None = getattr(self.layer.module, "bias", None)
+        if self.weight is None or not self.weight.enabled or self.weight.bias_correction is None:
+            return bias
+        return self.weight.bias_correction if bias is None else bias + self.weight.bias_correction
+
     def bias(self, module: nn.Module) -> Tensor | None:
         """The bias the target adds: corrected, and on the int32 grid where the preset asks for it."""
-        bias, weight = module.bias, self.weight
-        assert weight is not None
-        if not weight.enabled:
-            return bias
-        if weight.bias_correction is not None:
-            bias = weight.bias_correction if bias is None else bias + weight.bias_correction
+        bias = self.corrected_bias()
         scale = None if bias is None else self.sim.bias_scale(self.layer)
-        if scale is None:
-            return bias  # type: ignore[return-value]
+        if bias is None or scale is None:
+            return bias
         # float64: an int32 bias has more digits than float32
         return bias + ((bias / scale.double()).round() * scale.double() - bias).detach().to(bias.dtype)
 
