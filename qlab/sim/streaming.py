@@ -1,0 +1,220 @@
+"""The float model and the sim over all batches together, moving from one layer to the next.
+
+A technique that changes layers one after another needs, at each of them, its inputs in the float model and its inputs in
+the sim as changed so far. `stream` keeps every batch at the same place in the graph, hands out the inputs of the next
+chosen layer, and goes on when asked: the whole walk costs one pass of each model, whatever the number of layers.
+"""
+
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qlab.graph import Layer, call_layer, fill
+from qlab.progress import Progress, Silent
+from qlab.sim.batches import Batches
+from qlab.sim.placement import Role
+from qlab.sim.quant_sim import QuantSim
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a layer is called with on one batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A layer about to be run, with its arguments for every batch: in the float model and in the sim.
+
+    position: how many of the `total` chosen layers came before. What is changed in the sim's layer now is what the
+    layers after it will see.
+    """
+
+    layer: Layer
+    position: int
+    total: int
+    _states: "list[_State]"
+    _walk: "_Walk"
+
+    def arguments(self) -> Iterator[tuple[Arguments, Arguments]]:
+        """(float, quantized) arguments for each batch, in order. May be iterated more than once."""
+        for state in self._states:
+            yield self._walk.arguments(self.layer, state)
+
+    def inputs(self, operand: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(float, quantized) values of one positional argument for each batch, in order."""
+        for of_float, of_sim in self.arguments():
+            yield of_float.args[operand], of_sim.args[operand]
+
+
+def stream(
+    sim: QuantSim,
+    batches: Any,
+    layers: Collection[str],
+    progress: Progress | None = None,
+    max_bytes: int = 2 << 30,
+    seen: Callable[[list[Any]], None] | None = None,
+) -> Iterator[Stop]:
+    """Stops before each of `layers` in order of execution, all batches at the same place.
+
+    The sim runs in its present state at each step (activations without an encoding stay float). Values are freed after
+    their last use; what exceeds `max_bytes` waits in a temporary file. seen: called with the flat inputs of each batch
+    as it is read; batches are read once. Nothing after the last stop is run.
+    """
+    chosen = sorted({sim.graph[name].index for name in layers})
+    if not chosen:
+        return
+    with tempfile.TemporaryDirectory(prefix="qlab-") as folder:
+        walk = _Walk(sim, chosen[-1])
+        states: list[_State] = []
+        store = _Store(Path(folder), max_bytes)
+        for flat in map(sim.inputs, Batches(batches)):
+            if seen is not None:
+                seen(flat)
+            states.append(store.keep(_start(sim, flat)))
+        reached = 0
+        for position, index in enumerate(chosen):
+            layer = sim.graph.layers[index]
+            for number, state in enumerate(states):
+                (progress or Silent()).step(position, len(chosen), f"{layer.name}: data, batch {number}")
+                values = state.load()
+                walk.advance(values, reached, index)
+                states[number] = store.keep(values, state)
+            reached = index
+            yield Stop(layer, position, len(chosen), states, walk)
+
+
+def simulate(sim: QuantSim, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One layer as `sim.call` computes it, where an activation that was never calibrated stays float."""
+    placed = sim.placed[layer.name]
+    uncalibrated = placed.role is Role.QUANTIZED and placed.output is not None and placed.output.encoding is None
+    return (sim.compute if uncalibrated else sim.call)(layer, args, kwargs)
+
+
+Values = tuple[dict[int, Any], dict[int, Any]]
+"""The live values of one batch by layer index, in the float model and in the sim."""
+
+
+class _Walk:
+    """Runs both models from one layer to another, in eval mode and without gradient."""
+
+    def __init__(self, sim: QuantSim, last: int) -> None:
+        self._sim = sim
+        self._call = partial(simulate, sim)
+        self._frees: dict[int, list[int]] = {}
+        uses = {source.index: layer.index for layer in sim.graph.layers[: last + 1] for source in layer.inputs}
+        for source, user in uses.items():
+            self._frees.setdefault(user, []).append(source)
+        self._needed = set(uses)
+
+    @torch.no_grad()
+    def advance(self, values: Values, start: int, stop: int) -> None:
+        """Changes `values`: runs the layers from `start` up to, without, `stop`."""
+        sim, training = self._sim, self._sim.training
+        sim.eval()
+        try:
+            for layer in sim.graph.layers[start:stop]:
+                if layer.kind not in ("input", "parameter") and layer.index in self._needed:
+                    given = self._arguments(layer, values)
+                    for side, arguments, call in zip(values, given, (call_layer, self._call), strict=True):
+                        side[layer.index] = call(layer, arguments.args, arguments.kwargs)
+                for free in self._frees.get(layer.index, ()):
+                    for side in values:
+                        side.pop(free, None)
+        finally:
+            sim.train(training)
+
+    @torch.no_grad()
+    def arguments(self, layer: Layer, state: "_State") -> tuple[Arguments, Arguments]:
+        """(float, quantized) arguments of `layer`, which is the next to run."""
+        return self._arguments(layer, state.load())
+
+    def _arguments(self, layer: Layer, values: Values) -> tuple[Arguments, Arguments]:
+        found = []
+        for side, call in zip(values, (call_layer, self._call), strict=True):
+            # Parameters are read when used: a weight may have been rounded since its layer's turn.
+            own = {s.index: call(s, (), {}) for s in layer.inputs if s.kind == "parameter"}
+            known = {**side, **own} if own else side
+            found.append(Arguments(fill(layer.args, known), fill(layer.kwargs, known)))  # type: ignore[arg-type]
+        return found[0], found[1]
+
+
+def _start(sim: QuantSim, flat: list[Any]) -> Values:
+    """The values of the input layers of one batch, in both models."""
+    layers = sim.graph.input_layers
+    return (
+        {layer.index: value for layer, value in zip(layers, flat, strict=True)},
+        {layer.index: simulate(sim, layer, (value,), {}) for layer, value in zip(layers, flat, strict=True)},
+    )
+
+
+@dataclass
+class _State:
+    """The live values of one batch: in memory, or in a file."""
+
+    values: Values | None
+    bytes: int
+    file: Path | None = None
+    rest: Any = None  # what remains of a filed state: its structure and everything that is no tensor
+
+    def load(self) -> Values:
+        if self.values is not None:
+            return self.values
+        assert self.file is not None
+        leaves, spec, tensors = self.rest
+        found = load_file(self.file)
+        leaves = [found[tensors[i]] if i in tensors else leaf for i, leaf in enumerate(leaves)]
+        return pytree.tree_unflatten(leaves, spec)
+
+
+class _Store:
+    """Keeps states in memory as long as they fit, then in files of a temporary folder."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+        self._held = 0
+        self._files = 0
+
+    def keep(self, values: Values, before: _State | None = None) -> _State:
+        """A state that holds `values`, in place of `before`."""
+        if before is not None:
+            self._held -= before.bytes if before.values is not None else 0
+            if before.file is not None:
+                before.file.unlink(missing_ok=True)
+        size = _bytes(values)
+        if self._held + size <= self._max_bytes:
+            self._held += size
+            return _State(values, size)
+        leaves, spec = pytree.tree_flatten(values)
+        tensors: dict[int, str] = {}
+        saved: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                name = names.setdefault(id(leaf), str(position))
+                saved[name], tensors[position] = leaf.contiguous().clone(), name
+        file = self._folder / f"{self._files}.safetensors"
+        self._files += 1
+        save_file(saved, file)
+        rest = [None if i in tensors else leaf for i, leaf in enumerate(leaves)]
+        return _State(None, size, file, (rest, spec, tensors))
+
+
+def _bytes(values: Values) -> int:
+    """Memory that the values hold; views of one tensor count once."""
+    storages = {
+        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
+        for leaf in pytree.tree_leaves(values)
+        if isinstance(leaf, Tensor)
+    }
+    return sum(storages.values())
