@@ -139,13 +139,13 @@ def test_broken_data_changes_nothing(original, name):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_the_users_batches_and_random_numbers_are_left_alone(original, name):
+def test_the_users_batches_are_left_alone(original, name):
     data, sim = labelled(), copy.deepcopy(original)
     copies = [(x.clone(), y.clone()) for x, y in data]
     technique(name).apply(sim, data, score=score())
-    assert all(
-        torch.equal(a, b) for pair, kept in zip(data, copies, strict=True) for a, b in zip(pair, kept, strict=True)
-    )
+    for batch, kept in zip(data, copies, strict=True):
+        assert torch.equal(batch[0], kept[0])
+        assert torch.equal(batch[1], kept[1])
 
 
 CASES: dict[str, Callable[[qlab.QuantSim], None]] = {
@@ -193,4 +193,4 @@ def test_docstring_settings_and_report_tell_a_person_what_it_is(original, name):
     assert report.seconds > 0
     assert name in repr(report)
     assert "<p>" in report._repr_html_()
-    assert all("layer" in row for row in report.rows)
+    assert len({tuple(row) for row in report.rows}) <= 1  # one table: every row has the same columns
