@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 
 # Public name to the module that holds it; None for the module itself.
 _LATER: dict[str, tuple[str, str | None]] = {
+    "AutoQuant": ("qlab.techniques", "AutoQuant"),
     "BatchNormFolding": ("qlab.techniques", "BatchNormFolding"),
     "BatchNormReestimation": ("qlab.techniques", "BatchNormReestimation"),
     "BiasCorrection": ("qlab.techniques", "BiasCorrection"),
@@ -36,6 +37,7 @@ _LATER: dict[str, tuple[str, str | None]] = {
     "Lab": ("qlab.lab", "Lab"),
     "MixedPrecision": ("qlab.techniques", "MixedPrecision"),
     "QAT": ("qlab.techniques", "QAT"),
+    "Steering": ("qlab.techniques", "Steering"),
     "views": ("qlab.views", None),
     "plots": ("qlab.plots", None),
     "examples": ("qlab.examples", None),
