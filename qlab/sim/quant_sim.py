@@ -243,8 +243,8 @@ class QuantSim(nn.Module):
     def bias_scale(self, layer: Layer) -> Tensor | None:
         """The scale [] or [C] of the layer's int32 bias, input times weight; None where the bias stays float.
 
-        Float it stays where input or weight are not quantized, and where the weight has blocks: those have no single
-        scale a channel.
+        Float it stays where input or weight are not quantized, where the weight has blocks (those have no single scale
+        a channel), and where the bias has no place in 32 bits.
         """
         if not self.preset.int32_bias:
             return None
@@ -254,7 +254,23 @@ class QuantSim(nn.Module):
         if grid.encoding is None or grid.encoding.scale.dim():
             return None
         scale = grid.encoding.scale * entry.weight.required_encoding().scale
-        return scale if scale.dim() <= 1 else None
+        if scale.dim() > 1:
+            return None
+        bias = self.corrected_bias(layer)
+        if scale.dim() and bias is not None and len(scale) != len(bias):  # of a transposed convolution in groups
+            depthwise = entry.weight.axis == 0
+            times = len(bias) // len(scale)
+            scale = scale.repeat_interleave(times) if depthwise else scale.repeat(times)
+        fits = bias is None or bool(((bias / scale).abs() < 2**31).all())
+        return scale if fits else None
+
+    def corrected_bias(self, layer: Layer) -> Tensor | None:
+        """The bias of a layer that calls a module, in float, with its correction while the weight is quantized."""
+        bias: Tensor | None = getattr(layer.module, "bias", None)
+        weight = self.placed[layer.name].weight
+        if weight is None or not weight.enabled or weight.bias_correction is None:
+            return bias
+        return weight.bias_correction if bias is None else bias + weight.bias_correction
 
     # Calibration and evaluation ---------------------------------------------------------------------------------------
 
@@ -412,27 +428,21 @@ class _Step:
         if differentiable and self.sim.training:
             return self.compute(self, layer, args, kwargs)
         with torch.no_grad():
-            exact = self.integer(args, self.corrected_bias())  # type: ignore[misc]
+            exact = self.integer(args, self.sim.corrected_bias(layer))  # type: ignore[misc]
         if exact is None or differentiable:
             value = self.compute(self, layer, args, kwargs)
             return value if exact is None else value + (exact - value).detach()
         return exact
 
-    def corrected_bias(self) -> Tensor | None:
-        """The bias in float, with its correction while the weight is quantized."""
-        bias: Tensor | None = getattr(self.layer.module, "bias", None)
-        if self.weight is None or not self.weight.enabled or self.weight.bias_correction is None:
-            return bias
-        return self.weight.bias_correction if bias is None else bias + self.weight.bias_correction
-
     def bias(self, module: nn.Module) -> Tensor | None:
         """The bias the target adds: corrected, and on the int32 grid where the preset asks for it."""
-        bias = self.corrected_bias()
+        bias = self.sim.corrected_bias(self.layer)
         scale = None if bias is None else self.sim.bias_scale(self.layer)
         if bias is None or scale is None:
             return bias
         # float64: an int32 bias has more digits than float32
-        return bias + ((bias / scale.double()).round() * scale.double() - bias).detach().to(bias.dtype)
+        exact = (bias.double() / scale.double()).round().float() * scale
+        return exact.detach().to(bias.dtype) + (bias - bias.detach())  # the gradient passes straight through
 
 
 def _is_fresh(value: Tensor, args: tuple[Any, ...], layer: Layer) -> bool:
