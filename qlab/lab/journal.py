@@ -26,19 +26,18 @@ PARTS = ("weight", "output")
 class Named:
     """A value that code cannot spell out, batches or a score, by the name that it has in the person's notebook.
 
-    name: None where no name is known; `what` says in words what it is.
+    name: None where no name is known.
     """
 
     name: str | None
-    what: str
 
     @classmethod
-    def find(cls, value: object, known: Mapping[str, object], what: str) -> "Named":
+    def find(cls, value: object, known: Mapping[str, object]) -> "Named":
         """The name among `known`, or among the variables of the notebook, that holds `value`."""
         own = ((k, v) for k, v in list(vars(sys.modules["__main__"]).items()) if not k.startswith("_"))
         wanted = _data(value)
         name = next((name for name, held in (*known.items(), *own) if _data(held) is wanted), None)
-        return cls(name, what)
+        return cls(name)
 
 
 class Action(ABC):
@@ -209,17 +208,18 @@ class Calibrate(Action):
 
     def code(self) -> Code:
         if self.batches.name is None:
-            return Code.missing("sim.calibrate(...)", self.batches.what)
+            return Code.missing("sim.calibrate(...)", "its data has no name")
         return Code.line(f"sim.calibrate({self.batches.name})")
 
 
 @dataclass(frozen=True)
 class Apply(Action):
-    """A technique that was run."""
+    """A technique that was run. gives_sim: its result holds a new sim, with which the lab went on."""
 
     technique: Technique
     batches: Named | None
     score: Named | None
+    gives_sim: bool = False
     verb = "run"
 
     @property
@@ -231,13 +231,14 @@ class Apply(Action):
         if made.problem:
             return Code.missing(f"{made.text}.apply(sim, ...)", made.problem)
         arguments = ["sim"]
-        for given, word in ((self.batches, ""), (self.score, "score=")):
+        for given, word, what in ((self.batches, "", "data"), (self.score, "score=", "score")):
             if given is None:
                 continue
             if given.name is None:
-                return Code.missing(f"{made.text}.apply(sim, ...)", given.what)
+                return Code.missing(f"{made.text}.apply(sim, ...)", f"its {what} has no name")
             arguments.append(word + given.name)
-        return Code.line(f"{made.text}.apply({', '.join(arguments)})", made.imports)
+        applied = f"{made.text}.apply({', '.join(arguments)})"
+        return Code.line(f"sim = {applied}.sim" if self.gives_sim else applied, made.imports)
 
 
 @dataclass(frozen=True)
@@ -277,8 +278,7 @@ class Foreign(Action):
 
 def action_of(entry: LogEntry, known: Mapping[str, object]) -> Action:
     """The action that a log entry tells of; `known` are names that data and score have in the script."""
-    batches = None if entry.batches is None else Named.find(entry.batches, known, "its data has no name")
-    score = None if entry.score is None else Named.find(entry.score, known, "its score has no name")
+    batches, score = (None if given is None else Named.find(given, known) for given in (entry.batches, entry.score))
     if isinstance(entry.what, Technique):
         return Apply(entry.what, batches, score)
     if entry.what == "calibrate" and batches is not None:

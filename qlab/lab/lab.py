@@ -15,18 +15,19 @@ from torch import Tensor
 from qlab.errors import Busy, HistoryError, InputError
 from qlab.lab.code import plain
 from qlab.lab.events import LabEvents
+from qlab.lab.given import Given
 from qlab.lab.histogram import HistogramData, error_curve, histogram_of
 from qlab.lab.jobs import EngineLock, Job, Worker
-from qlab.lab.journal import Apply, Calibrate, Configure, Edit, Foreign, Named, Set, SetRange, quantizer_of
+from qlab.lab.journal import Configure, Edit, Set, SetRange, quantizer_of
+from qlab.lab.measuring import Measuring
 from qlab.lab.rows import LayerRow, differences, size_bytes, table
 from qlab.lab.scores import Scoreboard, Scores
 from qlab.lab.script import beginning_of, script_of
 from qlab.lab.state import LabState
-from qlab.lab.tasks import Measuring, analysis_work, changing, function_work
+from qlab.lab.tasks import Task, calibration, task_of
 from qlab.progress import Bar
 from qlab.quantization import Quantizer
-from qlab.sim import Batches, Evaluation, QuantSim, evaluation_of
-from qlab.techniques import Technique
+from qlab.sim import Evaluation, QuantSim
 
 
 class Lab:
@@ -52,26 +53,22 @@ class Lab:
         max_history_bytes: int = 1 << 30,
     ) -> None:
         self.sim = sim
-        self.batches = Batches(batches)
-        self.score = None if score is None else evaluation_of(score)
+        self._given = Given(batches, score)
+        self.batches = self._given.batches
+        self.score = self._given.evaluation
         self.events = LabEvents()
         self.live = False
         self.selected: tuple[str, ...] = ()
-        self._given = {"batches": self.batches.source, "score": score}
         if any(isinstance(q, Quantizer) and q.encoding is None for q in sim.quantizers.values()):
             with Bar("calibrating") as bar:
                 sim.calibrate(self.batches, progress=bar)
         probe = list(islice(self.batches, probe_batches))
         if not probe:
             raise InputError("a Lab needs at least one batch to look at; the iterable was empty.")
-        known = {name: held for name, held in self._given.items() if held is not None}
-        if self.score is not None and self.score.batches is not None:
-            known["score.batches"] = self.score.batches
-        self._known = known
-        self._beginning = beginning_of(sim, known)
+        self._beginning = beginning_of(sim, self._given.known)
         self._lock = EngineLock()
         board = Scoreboard(sim, probe, self.score, self._lock, max_bytes)
-        self._state = LabState(sim, board, self._lock, max_history_bytes, known)
+        self._state = LabState(sim, board, self._lock, max_history_bytes, self._given.known)
         self._worker = Worker(self._lock)
         self._measure = Measuring(self._state, self.events)
         self._measuring: Job | None = None
@@ -141,31 +138,12 @@ class Lab:
         a copy of the sim, so edits go on. A function is called with (sim, progress) and may change the sim; it becomes
         a step that the script cannot write. Jobs run one after the other.
         """
-        data = self._given["batches"] if batches is None else batches
-        judge = self._given["score"] if score is None else score
-        if isinstance(work, Technique):
-            return self._start_technique(work, data, judge, batches is not None, score is not None)
-        source = self.batches if batches is None else Batches(batches)
-        if hasattr(work, "measure"):
-            title = type(work).__name__
-            return self._launch(analysis_work(self._state, work.measure, source, judge), title, changes=False)
-        if not callable(work):
-            raise InputError(f"expected a technique, an analysis or a function of (sim, progress); got {work!r}.")
-        title = getattr(work, "__name__", type(work).__name__)
-        action = Foreign(f"function {title}")
-        return self._launch(self._changing(action, function_work(self._state, work), True), title, changes=True)
+        return self._launch(task_of(self._state, self._given, work, batches, score, self._announce_all))
 
     def calibrate(self, batches: Any = None) -> None:
         """Finds every range again from new statistics, as `QuantSim.calibrate`; with a bar. One step of the history."""
         self._refuse_inside("calibrate", "Calibrate before or after it.")
-        data = self._given["batches"] if batches is None else batches
-        source = self.batches if batches is None else Batches(batches)
-        action = Calibrate(self._named(data, "its data has no name"))
-
-        def work(job: Job) -> None:
-            self.sim.calibrate(source, progress=job)
-
-        _finish(self._launch(self._changing(action, work, False), "calibrate", changes=True))
+        _finish(self._launch(calibration(self._state, self._given, batches, self._announce_all)))
 
     def measure(self) -> Job:
         """Measures in the background what is stale: probe batches, noise of layers, then the score on all data.
@@ -177,7 +155,7 @@ class Lab:
             job = self._measuring
             if job is None or job.state.is_over or job.is_cancelling or self._measure.has_finished:
                 self._measure.has_finished = False
-                job = self._measuring = self._launch(self._measure, "measure", changes=False)
+                job = self._measuring = self._launch(Task("measure", self._measure, changes=False))
         return job
 
     @property
@@ -377,31 +355,13 @@ class Lab:
         if self.live and self._state.missing and not self.sim.training:  # evaluating would end a training in progress
             self.measure()
 
-    def _launch(self, work: Callable[[Job], Any], title: str, changes: bool) -> Job:
-        if changes and self.live and self._measuring is not None:
+    def _announce_all(self) -> None:
+        self._announce(self._state.rows.names)
+
+    def _launch(self, task: Task) -> Job:
+        if task.changes and self.live and self._measuring is not None:
             self._measuring.cancel()  # it would be in vain; the end of the job starts another
-        return self._worker.start(Job(work, title, changes, self.events))
-
-    def _changing(self, action: Any, work: Callable[[Job], Any], weights: bool) -> Callable[[Job], Any]:
-        return changing(self._state, action, work, weights, lambda: self._announce(self._state.rows.names))
-
-    def _start_technique(self, technique: Technique, data: Any, judge: Any, data_given: bool, judge_given: bool) -> Job:
-        use_data = data is not None and (technique.needs_data or data_given)
-        use_score = judge is not None and (technique.needs_score or judge_given)
-        action = Apply(
-            technique,
-            self._named(data, "its data has no name") if use_data else None,
-            self._named(judge, "its score has no name") if use_score else None,
-        )
-        source = Batches(data) if use_data else None
-
-        def work(job: Job) -> Any:
-            return technique.apply(self.sim, source, score=judge if use_score else None, progress=job)
-
-        return self._launch(self._changing(action, work, True), type(technique).__name__, changes=True)
-
-    def _named(self, value: object, what: str) -> Named:
-        return Named.find(value, self._known, what)
+        return self._worker.start(Job(task.work, task.title, task.changes, self.events))
 
 
 def _new_dashboard(lab: Lab) -> Any:

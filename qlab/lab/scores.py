@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.graph import Layer, Replay, call_layer
+from qlab.graph.layer_graph import Call
 from qlab.lab.jobs import EngineLock, Job
 from qlab.sim import SQNR, Agreement, Evaluation, Measurement, QuantSim, Role
 from qlab.sim.evaluate import evaluate
@@ -141,12 +142,12 @@ class Scoreboard:
         """The person's score on all its data."""
         assert self.score is not None
         self.measure_float(job)
-        return evaluate(self._twin(job), self.score, quantized=True)
+        return evaluate(self._twin(job, self._sim.call), self.score, quantized=True)
 
     def measure_float(self, job: Job) -> None:
         """The float model's score, measured once: before a technique changes weights."""
         if self.score is not None and "score" not in self.float_values:
-            self.float_values["score"] = evaluate(self._twin(job), self.score, quantized=False)
+            self.float_values["score"] = evaluate(self._twin(job, call_layer), self.score, quantized=True)
 
     def measure_noise(self, job: Job) -> dict[str, float]:
         """SQNR in dB of every layer's value on the first probe batch, quantized against float, in one pass.
@@ -169,14 +170,14 @@ class Scoreboard:
             sim.graph.run(sim.inputs(self.probe[0]), call)
         return found
 
-    def _twin(self, job: Job) -> QuantSim:
-        """The same sim, which can be interrupted between layers while it is scored."""
+    def _twin(self, job: Job, call: Call) -> QuantSim:
+        """The same sim, each layer computed by `call`, which can be interrupted between layers while it is scored."""
         twin = QuantSim.__new__(QuantSim)
         twin.__dict__.update(self._sim.__dict__)
-        twin.__dict__["call"] = self._interruptible(self._sim.call, job)
+        twin.__dict__["call"] = self._interruptible(call, job)
         return twin
 
-    def _interruptible(self, call: Callable[..., Any], job: Job) -> Callable[..., Any]:
+    def _interruptible(self, call: Call, job: Job) -> Call:
         version = self.version
 
         def guarded(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,25 +1,73 @@
-"""What the jobs of a Lab do: run a technique, an analysis or a function as a step, and measure what is stale."""
+"""What the jobs of a Lab do: run a technique, an analysis or a function; a change is one step, whole or not at all."""
 
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from qlab.lab.events import LabEvents
+from qlab.errors import InputError
+from qlab.lab.given import Given
 from qlab.lab.jobs import Job
-from qlab.lab.journal import Action
-from qlab.lab.scores import Scores, Superseded, score_rows
+from qlab.lab.journal import Action, Apply, Calibrate, Foreign
 from qlab.lab.state import LabState
 from qlab.progress import Progress
-from qlab.sim import Measurement, QuantSim, Snapshot
+from qlab.sim import Batches, QuantSim, Snapshot
+from qlab.sim.files import load_state
+from qlab.techniques import Technique
 
-SETTLE_S = 0.05  # a measurement begins when nothing was edited for so long
+
+@dataclass(frozen=True)
+class Task:
+    """What a job is to do. changes: it changes the sim, as one step of the history, and holds the lock meanwhile."""
+
+    title: str
+    work: Callable[[Job], Any]
+    changes: bool
 
 
-def changing(
-    state: LabState, action: Action, work: Callable[[Job], Any], weights: bool, announce: Callable[[], None]
+def task_of(state: LabState, given: Given, what: Any, batches: Any, score: Any, announce: Callable[[], None]) -> Task:
+    """The task for a technique, an analysis or a function of (sim, progress); raises InputError for anything else.
+
+    batches, score: in place of those of the lab. announce: called, with the lock free, when a change is over.
+    """
+    data = given.batches if batches is None else Batches(batches)
+    judge = given.score if score is None else score
+    title = getattr(what, "__name__", type(what).__name__)
+    if isinstance(what, Technique):
+        action = Apply(what, given.named(data), None if judge is None else given.named(judge))
+        return Task(title, _changing(state, action, _technique(state.sim, what, data, judge), announce), True)
+    if hasattr(what, "measure"):
+        return Task(title, _analysis(state, what.measure, data, judge), False)
+    if callable(what):
+        action_ = Foreign(f"function {title}")
+        return Task(title, _changing(state, action_, _function(state.sim, what), announce), True)
+    raise InputError(f"expected a technique, an analysis or a function of (sim, progress); got {what!r}.")
+
+
+def calibration(state: LabState, given: Given, batches: Any, announce: Callable[[], None]) -> Task:
+    """The task of measuring all ranges again, on `batches` or those of the lab."""
+    data = given.batches if batches is None else Batches(batches)
+
+    def work(job: Job) -> None:
+        state.sim.calibrate(data, progress=job)
+
+    return Task("calibrate", _changing(state, Calibrate(given.named(data)), work, announce, weights=False), True)
+
+
+def _changing(
+    state: LabState,
+    action: Action,
+    work: Callable[[Job], Any],
+    announce: Callable[[], None],
+    weights: bool = True,
 ) -> Callable[[Job], Any]:
-    """A job's work that changes the sim as one step; the job holds the lock. `work` restores the sim where it fails."""
+    """Work as one step; `work` leaves the sim as it was where it fails.
+
+    Where the result holds a sim of its own, the lab goes on with that.
+    """
 
     def run(job: Job) -> Any:
         began = time.perf_counter()
@@ -29,8 +77,12 @@ def changing(
                 state.board.measure_float(job)
                 state.board.replay.forget()  # its memory serves the technique better
             state.board.version += 1
-            value = work(job)
-            state.record(action, new_weights=weights, seconds=time.perf_counter() - began)
+            value, done = work(job), action
+            found = getattr(value, "sim", None)
+            if isinstance(action, Apply) and isinstance(found, QuantSim) and found is not state.sim:
+                _adopt(state.sim, found)
+                done = replace(action, gives_sim=True)
+            state.record(done, new_weights=weights, seconds=time.perf_counter() - began)
             return value
         except BaseException:
             state.watch.look()
@@ -41,13 +93,18 @@ def changing(
     return run
 
 
-def function_work(state: LabState, function: Callable[[QuantSim, Progress], Any]) -> Callable[[Job], Any]:
-    """A function of (sim, progress) as a transaction."""
-
+def _technique(sim: QuantSim, technique: Technique, data: Batches, score: Any) -> Callable[[Job], Any]:
     def work(job: Job) -> Any:
-        snapshot = Snapshot(state.sim)
+        return technique.apply(sim, data, score=score, progress=job)
+
+    return work
+
+
+def _function(sim: QuantSim, function: Callable[[QuantSim, Progress], Any]) -> Callable[[Job], Any]:
+    def work(job: Job) -> Any:
+        snapshot = Snapshot(sim)
         try:
-            return function(state.sim, job)
+            return function(sim, job)
         except BaseException:
             snapshot.restore()
             raise
@@ -55,69 +112,27 @@ def function_work(state: LabState, function: Callable[[QuantSim, Progress], Any]
     return work
 
 
-def analysis_work(state: LabState, measure: Callable[..., Any], batches: Any, score: Any) -> Callable[[Job], Any]:
+def _analysis(state: LabState, measure: Callable[..., Any], data: Batches, score: Any) -> Callable[[Job], Any]:
     """An analysis of a copy of the sim as it is when the job begins, so that edits go on meanwhile."""
 
     def work(job: Job) -> Any:
         with state.lock:
             state.notice()
             twin = copy.deepcopy(state.sim)
-        return measure(twin, batches, score=score, progress=job)
+        return measure(twin, data, score=score, progress=job)
 
     return work
 
 
-class Measuring:
-    """The one measurement of a lab: it begins again when the sim is edited, and ends when nothing is stale.
-
-    has_finished: set under the lock together with the last result; an edit after that needs another job.
-    """
-
-    def __init__(self, state: LabState, events: LabEvents) -> None:
-        self._state = state
-        self._events = events
-        self._latest: dict[str, Measurement] = {}
-        self.has_finished = False
-
-    def __call__(self, job: Job) -> Scores:
-        """The work of the job."""
-        while True:
-            try:
-                self._once(job)
-                return self.scores()
-            except Superseded:
-                job.wait(SETTLE_S)
-
-    def scores(self) -> Scores:
-        """What is known now; what belongs to an earlier state is marked stale."""
-        return Scores(score_rows(self._state.board, self._state.history.current.scores, self._latest))
-
-    def _once(self, job: Job) -> None:
-        state, board = self._state, self._state.board
-        with state.lock:
-            version, missing, has_noise = board.version, state.missing, bool(state.history.current.noise)
-        if "sqnr" in missing or "agreement" in missing:
-            self._keep(version, board.measure_probe(job), {})
-        if not has_noise:
-            self._keep(version, {}, board.measure_noise(job))
-        if "score" in missing:
-            self._keep(version, {"score": board.measure_score(job)}, {})
-        with state.lock:
-            if board.version != version:
-                raise Superseded
-            self.has_finished = True
-
-    def _keep(self, version: int, scores: dict[str, Measurement], noise: dict[str, float]) -> None:
-        """Gives what was measured to the present step, if the sim is still what it was."""
-        state = self._state
-        with state.lock:
-            if state.board.version != version:
-                raise Superseded
-            state.history.current.scores.update(scores)
-            self._latest.update(scores)
-            state.history.current.noise.update(noise)
-        if noise:
-            self._events.send("noise", tuple(noise))
-        if scores:
-            self._events.send("scores", self.scores())
-            self._events.send("history_changed")
+def _adopt(sim: QuantSim, found: QuantSim) -> None:
+    """Changes `sim` to the state of a copy of it that went further."""
+    snapshot = Snapshot(sim)
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "found.safetensors"
+            found.save(path)
+            load_state(sim, path)
+    except BaseException:
+        snapshot.restore()
+        raise
+    sim.log[:] = found.log

@@ -1,7 +1,9 @@
 """The lab's verbs: what they change, what they refuse, and what they show."""
 
+import copy
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 import qlab
 from qlab.errors import InputError, SpecError, UnknownLayer
+from qlab.techniques import Technique
 from tests.lab.conftest import differing, state_of
 
 
@@ -193,3 +196,30 @@ print("end")
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout.strip()) == (0, "end")
     assert "Traceback" not in ended.stderr
+
+
+@dataclass(frozen=True)
+class _Copying(Technique):  # as AutoQuant: the sim given stays, the result holds a new one
+    def apply(self, sim, batches=None, score=None, progress=None, **_: object) -> "_Found":  # type: ignore[override]
+        found = copy.deepcopy(sim)
+        qlab.BatchNormFolding().apply(found, batches)
+        found["fc"].weight.bits = 4
+        return _Found(found)
+
+
+@dataclass(frozen=True)
+class _Found:
+    sim: qlab.QuantSim
+
+
+def test_a_lab_goes_on_with_the_sim_that_a_technique_found(lab: qlab.Lab, batches: list[Tensor]) -> None:
+    before = state_of(lab.sim)
+    result = lab.run(_Copying())
+    assert result.sim is not lab.sim
+    assert differing(state_of(result.sim), state_of(lab.sim)) == []
+    assert torch.equal(result.sim.output(batches[0]), lab.sim.output(batches[0]))
+    assert lab.script().endswith("sim = _Copying().apply(sim, batches, score=score).sim\n")
+    lab.undo()
+    assert differing(before, state_of(lab.sim)) == []
+    lab.redo()
+    assert differing(state_of(result.sim), state_of(lab.sim)) == []
