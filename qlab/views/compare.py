@@ -31,7 +31,7 @@ class Compare(View):
         self._after = ipywidgets.Dropdown(description="with")
         self._measure = ipywidgets.Dropdown(description="by", options=list(MEASURES))
         for widget, label, width in (
-            (self._before, "58px", "270px"),
+            (self._before, "64px", "280px"),
             (self._after, "30px", "250px"),
             (self._measure, "20px", "150px"),
         ):

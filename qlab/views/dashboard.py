@@ -26,6 +26,7 @@ class Dashboard(View):
         self._undo = self._button("Undo", "undo", lab.undo)
         self._redo = self._button("Redo", "repeat", lab.redo)
         self._title = ipywidgets.HTML()
+        self.jobs.layout.flex, self.jobs.layout.min_width = "1 1 420px", "0"
         self._tabs = ipywidgets.Tab()
         self._entries = tabs_of(lab)
         self._tabs.children = [ipywidgets.VBox() for _ in self._entries]
@@ -37,10 +38,10 @@ class Dashboard(View):
             [self._undo, self._redo, self._title], layout=ipywidgets.Layout(align_items="center", flex_flow="row wrap")
         )
         top = ipywidgets.HBox(
-            [self.score, past],
+            [past, self.jobs],
             layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="2px 24px"),
         )
-        self.display(top, self.jobs, self._tabs)
+        self.display(self.score, top, self._tabs)
         self.show(self._entries[0].title)
         self.after_cells(lab.refresh)
 

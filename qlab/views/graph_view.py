@@ -39,6 +39,7 @@ class GraphView(View):
         self.redraw_on(lab.events.edited, lab.events.noise)
         self.listen(lab.events.selected, self._selected)
         self._selected(lab.selected)
+        self.redraw()
         self.display(self._value, self.pane)
 
     def redraw(self) -> None:
@@ -46,7 +47,8 @@ class GraphView(View):
         self._is_drawing = True
         try:
             with self.pane.batch():
-                self._figure.update(self._frame())
+                frame = self._frame()
+                self._figure.update(frame, value_range=self._range(frame["value"]))
         finally:
             self._is_drawing = False
         self.pane.label = f"{self._value.label}: {self._figure.headline}"
@@ -61,6 +63,10 @@ class GraphView(View):
         return pd.DataFrame(
             {"layer": layers["name"], "value": value, "kind": layers["title"], "note": layers["reason"]}
         )
+
+    def _range(self, value: pd.Series) -> tuple[float, float] | None:
+        """Colours of bits stand for the same bits whatever the model has."""
+        return (2.0, 16.0 if value.max() > 8 else 8.0) if "bits" in self._value.label else None
 
     def _clicked(self, _attr: str, _old: Any, new: list[int]) -> None:
         if not self._is_drawing:

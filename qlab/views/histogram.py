@@ -38,7 +38,7 @@ class Histogram(View):
         self._build_controls()
         self._values = histogram_plot(pd.DataFrame({"left": [], "right": [], "count": []}))
         self._channels = weight_ranges(pd.DataFrame({"channel": [], "min": [], "max": []}))
-        self._values.figure.height, self._channels.figure.height = 240, 200
+        self._values.figure.height, self._channels.figure.height = 210, 150
         self.values = BokehPane(self._values.figure, fallback=self._values.to_svg)
         self.channels = BokehPane(self._channels.figure, fallback=self._channels.to_svg)
         self.values.layout.flex, self.values.layout.min_width = "3 1 380px", "0"
@@ -50,11 +50,12 @@ class Histogram(View):
         self.listen(lab.events.edited, self._edited)
         if layer is None:
             self.listen(lab.events.selected, self._selected)
-        row_of = ipywidgets.Layout(align_items="center", flex_flow="row wrap")
-        bar = ipywidgets.HBox([self._part, self._channel, self._log, self._curve], layout=row_of)
-        clip = ipywidgets.HBox([self._low, self._high, self._set, self._free], layout=row_of)
+        bar = ipywidgets.HBox(
+            [self._part, self._channel, self._log, self._curve, self._low, self._high, self._set, self._free],
+            layout=ipywidgets.Layout(align_items="center", flex_flow="row wrap"),
+        )
         panes = ipywidgets.HBox([self.values, self.channels], layout=ipywidgets.Layout(flex_flow="row wrap"))
-        self.display(self._caption, bar, clip, panes)
+        self.display(self._caption, bar, panes)
         self.redraw_soon()
 
     @property
@@ -154,8 +155,8 @@ class Histogram(View):
         self._part = ipywidgets.RadioButtons(options=PARTS, value=self._wish)
         self._part.orientation, self._part.layout.width = "horizontal", "auto"
         self._channel = ipywidgets.Dropdown(options=[(ALL, -1)], tooltip="show one channel alone")
-        self._channel.layout.width = "120px"
-        self._log = ipywidgets.Checkbox(value=False, description="log counts", indent=False)
+        self._channel.layout.width = "112px"
+        self._log = ipywidgets.Checkbox(value=False, description="log", indent=False)
         self._curve = ipywidgets.Checkbox(value=False, description="error curve", indent=False)
         self._low = ipywidgets.FloatText(description="range", tooltip="lower end of the range")
         self._high = ipywidgets.FloatText(description="to", tooltip="upper end of the range")
@@ -163,11 +164,10 @@ class Histogram(View):
         self._free = ipywidgets.Button(
             description="By rule", tooltip="let the rule find the range again", icon="unlock"
         )
-        for box in (self._log, self._curve):
-            box.layout.width = "100px"
-        self._low.style.description_width, self._low.layout.width = "40px", "140px"
-        self._high.style.description_width, self._high.layout.width = "18px", "118px"
-        self._set.layout.width = self._free.layout.width = "84px"
+        self._log.layout.width, self._curve.layout.width = "52px", "94px"
+        self._low.style.description_width, self._low.layout.width = "38px", "124px"
+        self._high.style.description_width, self._high.layout.width = "16px", "102px"
+        self._set.layout.width, self._free.layout.width = "62px", "84px"
         self._caption = ipywidgets.HTML()
         self._part.observe(self.guarded(self._part_chosen), "value")
         self._channel.observe(self.guarded(self._channel_chosen), "value")

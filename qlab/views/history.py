@@ -8,7 +8,7 @@ import ipywidgets
 from qlab.errors import Busy, HistoryError
 from qlab.lab import Lab
 from qlab.views.compare import Compare
-from qlab.views.copy_button import CopyButton
+from qlab.views.copy_text import CopyText
 from qlab.views.layer_grid import Column, LayerGrid
 from qlab.views.tabs import tab
 from qlab.views.view import View, escape
@@ -99,9 +99,7 @@ class Script(View):
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
         self._lab = lab
-        self._text = ipywidgets.Textarea(disabled=True, layout=ipywidgets.Layout(width="100%", height="180px"))
-        self._text.tooltip = "Python that reproduces the state"
-        self._copy = CopyButton(description="Copy script")
+        self._text = CopyText(label="script")
         self._path = ipywidgets.Text(value="report.html", description="Report", layout=ipywidgets.Layout(width="220px"))
         self._path.style.description_width = "46px"
         self._save = ipywidgets.Button(description="Save as HTML", icon="save", layout=ipywidgets.Layout(width="auto"))
@@ -109,7 +107,7 @@ class Script(View):
         self._save.on_click(self.guarded(lambda _: self.save()))
         self.redraw_on(lab.events.history_changed)
         row = ipywidgets.HBox(
-            [self._copy, self._path, self._save, self._saved],
+            [self._path, self._save, self._saved],
             layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"),
         )
         self.display(self._text, row)
@@ -118,7 +116,7 @@ class Script(View):
     @property
     def text(self) -> str:
         """The script shown."""
-        return self._text.value
+        return self._text.text
 
     def save(self) -> Path:
         """Writes the page to the path that was typed."""
@@ -128,7 +126,7 @@ class Script(View):
 
     def redraw(self) -> None:
         """Writes the script of the present state."""
-        self._text.value = self._copy.text = self._lab.script()
+        self._text.text = self._lab.script()
 
     def to_html(self) -> str:
         """The script as text."""

@@ -17,7 +17,7 @@ class Layers(View):
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
         self.selection = SelectionBar(lab)
-        self.table = LayerTable(lab, height_px=300)
+        self.table = LayerTable(lab, height_px=215)
         self.histogram = Histogram(lab)
         self.table.layout.flex, self.table.layout.min_width = "3 1 640px", "0"
         self.histogram.layout.flex, self.histogram.layout.min_width = "2 1 400px", "0"
@@ -26,6 +26,7 @@ class Layers(View):
             layout=ipywidgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="8px 16px"),
         )
         self.display(self.selection, main)
+        self.add_class("qlab-layers")
 
     def to_html(self) -> str:
         """The table and the histogram without a kernel."""

@@ -34,9 +34,9 @@ class Score(View):
         return f'<div class="qlab-score">{self._cards.value}</div>'
 
     def _show(self, scores: Scores) -> None:
-        size = f"<div><dt>weights</dt><dd><b>{self._lab.size() / 1024:,.1f}</b> KiB</dd></div>"
+        size = f"<div><span>weights</span><span><b>{self._lab.size() / 1024:,.1f}</b> KiB</span></div>"
         cards = "".join(_card(row) for row in scores)
-        self._cards.value = f'<dl class="qlab-scores" role="status" aria-label="scores">{cards}{size}</dl>'
+        self._cards.value = f'<div class="qlab-scores" role="status" aria-label="scores">{cards}{size}</div>'
 
 
 def _card(row: ScoreRow) -> str:
@@ -47,13 +47,14 @@ def _card(row: ScoreRow) -> str:
     if row.change is not None:
         notes.append(_number(row.change, row.quantized, sign=True))
     if interval is not None:
-        notes.append(f"95 %: {_number(interval[0], row.quantized)} to {_number(interval[1], row.quantized)}")
+        low, high = (_number(bound, row.quantized) for bound in interval)
+        notes.append(f"95 %: {low.rstrip('%')}–{high}")
     if row.is_stale:
         notes.append("measuring…")
     value = "–" if row.quantized is None else _number(float(row.quantized), row.quantized)
     return (
-        f'<div class="{"qlab-stale" if row.is_stale else ""}"><dt>{escape(row.name)} ({escape(row.data)})</dt>'
-        f"<dd><b>{escape(value)}</b> <small>{escape(', '.join(notes))}</small></dd></div>"
+        f'<div class="{"qlab-stale" if row.is_stale else ""}"><span>{escape(row.name)}, {escape(row.data)}</span>'
+        f"<span><b>{escape(value)}</b> <small>{escape(', '.join(notes))}</small></span></div>"
     )
 
 

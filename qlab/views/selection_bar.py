@@ -11,7 +11,7 @@ from qlab.lab.rows import LayerRow
 from qlab.quantization import RULE_NAMES, SCHEME_NAMES
 from qlab.views.cell_editors import Scalar
 from qlab.views.layer_table import BITS
-from qlab.views.view import View
+from qlab.views.view import View, escape
 
 SHARES = (0.1, 0.25, 0.5)
 SETTINGS: dict[str, Sequence[tuple[str, Scalar]]] = {
@@ -39,14 +39,14 @@ class SelectionBar(View):
         self._setting = ipywidgets.Dropdown(options=list(SETTINGS), tooltip="setting of the selected layers")
         self._value = ipywidgets.Dropdown(options=SETTINGS["bits"], value=8, tooltip="value of the setting")
         self._apply = ipywidgets.Button(description="Apply", layout=ipywidgets.Layout(width="auto"))
-        self._count = ipywidgets.HTML()
+        self._said = ipywidgets.HTML()
         for widget, label, width in (
-            (self._glob, "46px", "190px"),
-            (self._kind, "34px", "170px"),
-            (self._noise, "38px", "160px"),
-            (self._part, "28px", "106px"),
-            (self._setting, "0", "100px"),
-            (self._value, "0", "104px"),
+            (self._glob, "42px", "160px"),
+            (self._kind, "30px", "146px"),
+            (self._noise, "36px", "142px"),
+            (self._part, "22px", "96px"),
+            (self._setting, "0", "96px"),
+            (self._value, "0", "96px"),
         ):
             widget.style.description_width, widget.layout.width = label, width
         self._glob.observe(self.guarded(self._by_glob), "value")
@@ -54,13 +54,12 @@ class SelectionBar(View):
         self._noise.observe(self.guarded(self._by_noise), "value")
         self._setting.observe(self.guarded(self._name_values), "value")
         self._apply.on_click(self.guarded(lambda _: self.set_all()))
-        self.listen(lab.events.selected, lambda _: self._say())
+        self.listen(lab.events.selected, lambda _: self._say(""))
         bar = ipywidgets.HBox(
-            [self._glob, self._kind, self._noise, self._part, self._setting, self._value, self._apply, self._count],
+            [self._glob, self._kind, self._noise, self._part, self._setting, self._value, self._apply, self._said],
             layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"),
         )
         self.display(bar)
-        self._say()
 
     def select_kind(self, kind: str) -> None:
         """Selects every layer of a kind: 'depthwise_conv', 'attention', ..."""
@@ -84,9 +83,7 @@ class SelectionBar(View):
             raise ValueError(f"none of the {len(rows)} selected layers has a quantizer of its own for its {part}.")
         self._lab.set(names, part, **{setting: value})
         left_out = len(rows) - len(names)
-        self._say(
-            f"{left_out} without {'a weight' if part == 'weight' else 'an output'} of its own" if left_out else ""
-        )
+        self._say(f"{left_out} of the selected layers have no {part} of their own." if left_out else "")
 
     def _by_glob(self, change: Any) -> None:
         if change["new"].strip():
@@ -114,9 +111,8 @@ class SelectionBar(View):
         found = sorted(set(kinds), key=lambda kind: (-kinds.count(kind), kind))
         return [("choose", ""), *((f"{kind} ({kinds.count(kind)})", kind) for kind in found)]
 
-    def _say(self, more: str = "") -> None:
-        text = f"{len(self._lab.selected)} selected{', ' + more if more else ''}"
-        self._count.value = f'<span class="qlab-quiet" role="status">{text}</span>'
+    def _say(self, sentence: str) -> None:
+        self._said.value = f'<span class="qlab-quiet" role="status">{escape(sentence)}</span>'
 
 
 def _has(row: LayerRow, part: str) -> bool:

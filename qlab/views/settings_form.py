@@ -24,7 +24,7 @@ class SettingsForm(ipywidgets.VBox):
             help_text = ipywidgets.HTML(f"{escape(told.help)} <span class='qlab-quiet'>{escape(_range(told))}</span>")
             row = ipywidgets.HBox(
                 [field, help_text],
-                layout=ipywidgets.Layout(align_items="center", flex_flow="row wrap", grid_gap="0 10px"),
+                layout=ipywidgets.Layout(align_items="center", grid_gap="0 10px"),
             )
             rows.append(row)
         nothing = [] if rows else [ipywidgets.HTML("<span class='qlab-quiet'>It has no settings.</span>")]
