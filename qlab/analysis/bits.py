@@ -41,7 +41,12 @@ class Bits:
 
     @classmethod
     def several(cls, value: Any) -> "tuple[Bits, ...]":
-        """The widths of a list; a pair of numbers is a list of two widths, a single value a list of one."""
+        """The widths of a list (numbers in it are widths of their own) or of words with commas between; or of one.
+
+        >>> [str(bits) for bits in Bits.several("4, W4A8")]
+        ['4', 'W4A8']
+        """
+        value = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
         values = value if isinstance(value, (list, tuple, range)) else [value]
         return tuple(dict.fromkeys(cls.of(item) for item in values))
 

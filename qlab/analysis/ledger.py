@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import pandas as pd
@@ -14,6 +15,8 @@ from qlab.analysis.divergence import decibel, mean_kl
 from qlab.analysis.precision import difference, jackknife, stability
 from qlab.errors import Cancelled
 from qlab.sim import Evaluation, Measurement, PerSample
+
+FEW_SAMPLES = 30  # fewer say nothing of how stable a ranking is
 
 
 @dataclass(frozen=True)
@@ -119,15 +122,33 @@ class Ledger:
         rows = [self.row(case) for case in cases]
         return pd.DataFrame([{name: getattr(row, name) for name in COLUMNS} for row in rows], columns=list(COLUMNS))
 
-    def stability(self, cases: Iterable[Case]) -> float:
-        """The least `precision.stability` of the rankings by mode and bits; NaN where none can be made."""
+    def whole_batches(self, cases: Iterable[Case]) -> int:
+        """How many batches, from the first one on, have an outcome for every case."""
+        known = [set(self.outcomes.get(case, ())) for case in cases if case not in self.notes]
+        both = set.intersection(*known) if known else set()
+        return next(number for number in count() if number not in both)
+
+    def keep_first(self, batches: int) -> None:
+        """Changes the ledger: forgets what later batches gave."""
+        for known in self.outcomes.values():
+            for number in [number for number in known if number >= batches]:
+                del known[number]
+
+    def stability(self, cases: Iterable[Case], batches: int) -> float:
+        """The least `precision.stability` of the rankings by mode and bits on the first batches; NaN where none can be
+        made, with few samples above all."""
+        assert isinstance(self.evaluation, PerSample)
         groups: dict[tuple[Any, ...], list[Tensor]] = {}
         for case in cases:
-            rows = self.rows(case) if case.unit is not None and case not in self.notes else None
-            if rows is not None:
-                groups.setdefault((case.mode, case.bits), []).append(rows)
-        assert isinstance(self.evaluation, PerSample)
-        found = [stability(self.evaluation.value, torch.stack(group)) for group in groups.values() if len(group) > 2]
+            if case.unit is not None and case not in self.notes:
+                parts = [self.outcomes[case][number].rows for number in range(batches)]
+                if all(part is not None for part in parts):
+                    groups.setdefault((case.mode, case.bits), []).append(torch.cat(parts))  # type: ignore[arg-type]
+        found = [
+            stability(self.evaluation.value, torch.stack(group))
+            for group in groups.values()
+            if len(group) > 2 and len(group[0]) >= FEW_SAMPLES
+        ]
         return min(found) if found and not any(map(math.isnan, found)) else math.nan
 
     def _change(self, case: Case, score: Measurement) -> dict[str, float]:

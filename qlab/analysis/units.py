@@ -22,13 +22,14 @@ class Unit:
 
     layer: the name of the row, the first layer with a weight, else the first. part: 'layer', or 'weight' or 'output'
     where quantizers are kept apart. layers: every layer that one of the quantizers belongs to. quantizers: their keys
-    in `sim.quantizers`.
+    in `sim.quantizers`. tensors: the same as (layer, 'weight' or 'output').
     """
 
     layer: str
     part: str
     layers: tuple[str, ...]
     quantizers: tuple[str, ...]
+    tensors: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
         return self.layer if self.part == "layer" else f"{self.layer} {self.part}"
@@ -63,9 +64,10 @@ def units_of(sim: QuantSim, by: str = "layer") -> list[Unit]:
     units = []
     for group, layers in members.items():
         weighted = [name for name in layers if sim.placed[name].weight is not None]
-        part = "layer" if by == "layer" else group.rpartition(":")[2]
-        name = next(iter(weighted or layers)) if part != "output" else _output_layer(sim, group)
-        units.append(Unit(name, part, tuple(layers), tuple(parts[group])))
+        tensors = tuple((_tensor_layer(sim, key), key.rpartition(":")[2]) for key in parts[group])
+        part = "layer" if by == "layer" else tensors[0][1]
+        name = tensors[0][0] if part == "output" else next(iter(weighted or layers))
+        units.append(Unit(name, part, tuple(layers), tuple(parts[group]), tensors))
     return sorted(units, key=lambda unit: sim.graph[unit.layer].index)
 
 
@@ -106,8 +108,8 @@ def _quantizers(entry: Placed) -> list[Quantizer]:
     return [quantizer for quantizer in found if quantizer is not None]
 
 
-def _output_layer(sim: QuantSim, key: str) -> str:
-    """The layer whose output a quantizer rounds."""
+def _tensor_layer(sim: QuantSim, key: str) -> str:
+    """The layer whose weight or output a quantizer rounds."""
     quantizer = sim.quantizers[key]
     assert isinstance(quantizer, Quantizer)
     return quantizer.name
