@@ -37,6 +37,7 @@ _LATER: dict[str, tuple[str, str | None]] = {
     "Lab": ("qlab.lab", "Lab"),
     "MixedPrecision": ("qlab.techniques", "MixedPrecision"),
     "QAT": ("qlab.techniques", "QAT"),
+    "QuantAnalyzer": ("qlab.analysis", "QuantAnalyzer"),
     "Steering": ("qlab.techniques", "Steering"),
     "views": ("qlab.views", None),
     "plots": ("qlab.plots", None),
