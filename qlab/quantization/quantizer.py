@@ -25,7 +25,8 @@ class QuantizerState:
     """Everything a quantizer knows, to be put back later; tensors are copies.
 
     fitted: a weight's encoding belongs to the weight as it was. codes: a rounding in force, None where to nearest.
-    learned: the range in training, the very module, with its values in `encoding`.
+    learned: the range in training, the very module, with its values in `encoding`. by_rounding: whether it is frozen,
+    and whether it is corrected, only for the sake of a rounding.
     """
 
     spec: QuantSpec
@@ -37,6 +38,7 @@ class QuantizerState:
     codes: Tensor | None = None
     bias_correction: Tensor | None = None
     learned: LearnedRange | None = None
+    by_rounding: tuple[bool, bool] = (False, False)
 
 
 class Quantizer(nn.Module):

@@ -159,6 +159,8 @@ def _search(sample: Sample, spec: QuantSpec, clipping_weight: float) -> Range:
         moves = 1 + torch.linspace(-reach, reach, 17)[:, None]
         moves = moves[(moves[:, 0] - 1).abs().argsort(stable=True)]  # staying comes first, so that ties stay
         for moves_low in (True, False):
+            if not bool(((sample.minimum < 0) if moves_low else (sample.maximum > 0)).any()):
+                continue  # an end at zero stays there, as after a ReLU
             lows = torch.maximum(low * moves, sample.minimum) if moves_low else low.expand(17, -1)
             highs = high.expand(17, -1) if moves_low else torch.minimum(high * moves, sample.maximum)
             low, high = _best(sample, spec, clipping_weight, lows, highs)

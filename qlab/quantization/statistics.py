@@ -1,6 +1,6 @@
 """What was seen of a tensor: range per channel and a histogram, so that no later choice needs the data again.
 
-Minimum and maximum are those of every value; the histogram counts up to 131,072 values of each tensor, evenly spaced:
+Minimum and maximum are those of every value; the histogram counts about 65,536 values of each tensor, evenly spaced:
 enough for any range rule, and calibration stays cheap. Bins are multiples of a power of two. When the range grows,
 neighbouring bins merge exactly, so the result depends on what was seen and not on the order of batches, and statistics
 of several workers can be added.
@@ -17,7 +17,7 @@ from qlab.errors import NonFiniteData
 
 BINS = 2048
 _BLOCK = 1 << 16  # elements binned at once; index arithmetic stays in the cache
-_COUNTED = 1 << 17  # values of one tensor that its histogram counts; channels apart are counted whole
+_COUNTED = 1 << 16  # values of one tensor that its histogram counts; channels apart are counted whole
 # Attention masks add the most negative float; what lies below is a mask, not a value, and is left out of the range.
 MASK = -1e30
 

@@ -23,8 +23,8 @@ class WeightQuantizer(Quantizer):
 
     The range is found from the weight itself, exactly, whenever the weight has changed, unless frozen. `rounding`
     holds integers chosen by a rounding technique in place of rounding to nearest; they count only as long as weight
-    and encoding are the ones they were chosen for. `bias_correction` [C] is added to the layer's bias while the weight
-    is quantized, so that the float model stays what it was.
+    and encoding are the ones they were chosen for; afterwards the weight's own grid is found again. `bias_correction`
+    [C] is added to the layer's bias while the weight is quantized, so that the float model stays what it was.
     """
 
     bias_correction: Tensor | None
@@ -36,6 +36,8 @@ class WeightQuantizer(Quantizer):
         self.register_buffer("bias_correction", None)
         self._fitted: tuple[int, int] | None = None
         self._rounding: tuple[Tensor, Encoding, tuple[int, int]] | None = None
+        self._held_by_rounding = False  # frozen and corrected for the rounding's sake: both go with it
+        self._corrected_by_rounding = False
         self._cache: tuple[object, Tensor] | None = None
 
     @property
@@ -69,6 +71,7 @@ class WeightQuantizer(Quantizer):
     def set_bias_correction(self, correction: Tensor | None) -> None:
         """Adds `correction` [C] to the layer's bias while the weight is quantized; None takes it away."""
         self.bias_correction = None if correction is None else correction.detach().clone()
+        self._corrected_by_rounding = False
         self.version += 1
 
     @property
@@ -76,10 +79,20 @@ class WeightQuantizer(Quantizer):
         """Whether a rounding was chosen but weight or encoding have changed since: it is not used any more."""
         return self._rounding is not None and not self._rounding_counts()
 
-    def set_rounding(self, codes: Tensor | None) -> None:
-        """Uses these integers (shaped as the weight, on the grid) for the weight as it is now; freezes the encoding."""
+    @property
+    def is_held_by_rounding(self) -> bool:
+        """Whether the encoding is frozen only because a rounding was chosen for it."""
+        return self._frozen and self._held_by_rounding
+
+    def set_rounding(self, codes: Tensor | None, bias_correction: Tensor | None = None) -> None:
+        """Uses these integers (shaped as the weight, on the grid) for the weight as it is now; freezes the encoding.
+
+        bias_correction [C]: what the rounding needs added to the layer's bias; it goes when the rounding goes. None
+        takes the rounding back, and with it what it froze and corrected.
+        """
         encoding = self.required_encoding()
         if codes is None:
+            self._let_go()
             self._rounding = None
         else:
             codes = codes.detach().to(torch.int32)
@@ -89,9 +102,20 @@ class WeightQuantizer(Quantizer):
                     f"[{encoding.qmin}, {encoding.qmax}]."
                 )
             self._rounding = (codes, encoding, self._fingerprint())
-            self._frozen = True
+            self._held_by_rounding = self._held_by_rounding or not self._frozen
+            self._frozen, self._fitted = True, self._fingerprint()
+            if bias_correction is not None:
+                self.set_bias_correction(bias_correction)
+                self._corrected_by_rounding = True
         self._cache = None
         self.version += 1
+
+    def _let_go(self) -> None:
+        """Thaws the encoding and drops the bias correction where the rounding was the reason for them."""
+        if self._held_by_rounding:
+            self._frozen = self._held_by_rounding = False
+        if self._corrected_by_rounding:
+            self.bias_correction, self._corrected_by_rounding = None, False
 
     def state(self) -> QuantizerState:
         """A copy of everything the quantizer knows."""
@@ -100,6 +124,7 @@ class WeightQuantizer(Quantizer):
             fitted=self._fitted == self._fingerprint(),
             codes=self.rounding,
             bias_correction=None if self.bias_correction is None else self.bias_correction.clone(),
+            by_rounding=(self._held_by_rounding, self._corrected_by_rounding),
         )
 
     def set_state(self, state: QuantizerState) -> None:
@@ -110,6 +135,7 @@ class WeightQuantizer(Quantizer):
         if state.codes is not None and state.encoding is not None:
             self._rounding = (state.codes, state.encoding, self._fingerprint())
         self.bias_correction = state.bias_correction
+        self._held_by_rounding, self._corrected_by_rounding = state.by_rounding
 
     def refresh(self) -> None:
         """Finds the encoding again from the weight; a frozen one stays."""
@@ -128,6 +154,8 @@ class WeightQuantizer(Quantizer):
         except NonFiniteData:
             raise SpecError(f"the weight of {self.name!r} holds NaN or infinity; it has no grid.") from None
         self.encoding = found.to(weight.device)
+        if self.rounding_is_stale:
+            self._let_go()
 
     def observe(self, x: Tensor) -> None:
         """Nothing to observe: the range comes from the weight."""
@@ -192,7 +220,11 @@ class WeightQuantizer(Quantizer):
         return self._fingerprint(), self.version, self._fitted, learned
 
     def _keep_up(self) -> None:
-        if self.learned is None and not self._frozen and hasattr(self, "owner") and self._fitted != self._fingerprint():
+        if self.learned is not None or not hasattr(self, "owner") or self._fitted == self._fingerprint():
+            return
+        if self.is_held_by_rounding:
+            self._let_go()
+        if not self._frozen:
             self.refresh()
 
     def _rounding_counts(self) -> bool:
