@@ -16,11 +16,12 @@ from qlab.plots.pareto import ParetoFigure, pareto
 from qlab.plots.plot import Plot
 from qlab.plots.ranges import RangesFigure, weight_ranges
 from qlab.plots.relative_ranges import RelativeRangesFigure, relative_ranges
-from qlab.plots.report import Section, save_html
+from qlab.plots.report import Code, Section, save_html
 from qlab.plots.sensitivity import SensitivityFigure, sensitivity
 from qlab.plots.training import RangeHistoryFigure, TrainingFigure, range_history, training
 
 __all__ = [
+    "Code",
     "ComparisonFigure",
     "DecisionTreeFigure",
     "GraphFigure",

@@ -21,12 +21,16 @@ from bokeh.resources import Resources
 from qlab.plots.theme import STYLE
 
 
+class Code(str):
+    """Text that is shown line by line as it stands."""
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of a page: a heading and what follows it.
 
-    `content` holds text (a blank line starts a paragraph), DataFrames (tables, their `attrs["caption"]` above them),
-    and figures: a `Plot` or any Bokeh model.
+    `content` holds text (a blank line starts a paragraph), `Code`, DataFrames (tables, their `attrs["caption"]` above
+    them), and figures: a `Plot` or any Bokeh model.
     """
 
     heading: str = ""
@@ -74,7 +78,9 @@ def render_html(title: str, sections: Sequence[Section]) -> str:
         if section.heading:
             body.append(f'<h2 id="section-{number}">{html.escape(section.heading)}</h2>')
         for item in section.content:
-            if isinstance(item, str):
+            if isinstance(item, Code):
+                body.append(f'<pre tabindex="0">{html.escape(item)}</pre>')
+            elif isinstance(item, str):
                 body += [f"<p>{html.escape(part.strip())}</p>" for part in item.split("\n\n") if part.strip()]
             elif isinstance(item, pd.DataFrame):
                 body.append(table_html(item))
@@ -161,6 +167,7 @@ table { border-collapse: collapse; font-size: 13px; } caption { text-align: left
 th, td { overflow-wrap: break-word; max-width: 24em; padding: 3px 10px;
   border-bottom: 1px solid var(--jp-border-color2); text-align: left; vertical-align: top; }
 th { position: sticky; top: 0; background: var(--jp-layout-color0); }
+pre { overflow: auto; max-height: 480px; padding: 8px; border: 1px solid var(--jp-border-color2); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 div.qlab-plot { margin: 12px 0; }
 """

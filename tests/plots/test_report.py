@@ -139,3 +139,11 @@ def test_what_cannot_be_shown_is_refused(tmp_path):
     with pytest.raises(TypeError, match="text, DataFrames and figures, not dict"):
         plots.save_html(tmp_path / "x.html", "title", [plots.Section("a", ({},))])
     assert not list(tmp_path.iterdir())
+
+
+def test_code_keeps_its_lines_and_is_escaped(tmp_path):
+    code = plots.Code("for name in ['a']:\n    sim[name] = '<b>'\n")
+    page = Page(plots.save_html(tmp_path / "page.html", "Report", [plots.Section("Code", (code,))]).read_text())
+    assert page.count("pre") == 1
+    assert page.count("b") == 0
+    assert code in page.text
