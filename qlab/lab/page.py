@@ -21,15 +21,23 @@ SHOWN = {
     "output_sqnr": "output SQNR",
     "noise": "noise of the layer",
 }
+STEPS = {
+    "step": "step",
+    "action": "action",
+    "sqnr": "SQNR [dB]",
+    "agreement": "agreement",
+    "score": "score",
+    "size_bytes": "weights [bytes]",
+}
 ROWS = 40
 HISTOGRAMS = 6
 
 
 def save_page(lab: "Lab", path: str | Path) -> Path:
     """Writes scores, the layers, the noisiest histograms and the history to one file that opens offline."""
-    from qlab.plots import Section, histogram, noise, save_html  # Bokeh is needed only here
+    from qlab.plots import Code, Section, histogram, noise, save_html  # Bokeh is needed only here
 
-    scores = lab.scores.to_pandas()
+    scores = lab.scores.to_pandas().drop(columns="is_stale")
     layers = lab.layers()
     measured = layers.loc[layers["noise"].notna(), ["name", "noise"]]
     figures = []
@@ -42,7 +50,8 @@ def save_page(lab: "Lab", path: str | Path) -> Path:
         Section("Noise by layer", (noise(measured.rename(columns={"name": "layer", "noise": "sqnr"})),)),
         Section("Layers", (_shown(layers),)),
         Section("The tensors that lose most", tuple(figures)),
-        Section("History", (lab.history,)),
+        Section("History", (lab.history.loc[~lab.history["is_undone"], list(STEPS)].rename(columns=STEPS),)),
+        Section("As Python", (Code(lab.script()),)),
     ]
     return save_html(path, f"Quantization of a model: {lab.sim.preset.name}", sections)
 
