@@ -28,10 +28,11 @@ class BatchNorm:
         if layer.kind != "batch_norm":
             return None
         if layer.module is not None:
-            found = [getattr(layer.module, name) for name in ("weight", "bias", "running_mean", "running_var")]
-            return cls(layer, *found, layer.module.eps)  # type: ignore[arg-type]
+            module = layer.module
+            return cls(layer, module.weight, module.bias, module.running_mean, module.running_var, module.eps)
         operands = [a if isinstance(a, Layer) and a.owner is not None else None for a in layer.args[1:5]]
-        return cls(layer, *[None if a is None else getattr(a.owner, a.attribute) for a in operands], layer.args[7])
+        weight, bias, mean, variance = (None if a is None else getattr(a.owner, a.attribute) for a in operands)
+        return cls(layer, weight, bias, mean, variance, layer.args[7])
 
     @property
     def has_statistics(self) -> bool:

@@ -1,150 +1,23 @@
-"""Patterns: layers that mix channels by a weight, and places where a factor a channel passes from one to the next.
+"""Patterns: places where a factor a channel passes from one layer to the next.
 
-BatchNorm folding, cross-layer equalization and bias correction all ask the same two questions: what does a weight do
-to each channel, and which layer takes those channels next. `Kernel` answers the first for every kind of layer;
-`follow` and `links` answer the second.
+BatchNorm folding, cross-layer equalization and bias correction all ask which layer takes the channels of another one,
+and whether everything between lets a positive factor through. `follow` and `links` answer that.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 from math import inf, prod
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qlab.graph.kernel import Kernel, kernel_of
 from qlab.graph.layer_graph import Layer, LayerGraph
-from qlab.graph.linear_form import LinearForm, linear_form
 
 HOMOGENEOUS = frozenset({"relu", "prelu", "leaky_relu", "identity", "dropout"})
 """Kinds with f(s x) = s f(x) for every positive s, element by element."""
 
 _POOLING = frozenset({"max_pool", "avg_pool", "upsample_nearest", "interpolate", "zero_pad"})  # channels stay on axis 1
 _ROW_MAJOR = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"})
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A layer that mixes channels by a weight: convolution, transposed convolution or linear, module or function.
-
-    Its weight is seen as [groups, outputs, inputs, positions], outputs and inputs counted within a group, so that
-    channel o of the output is at [o // outputs, o % outputs].
-    """
-
-    layer: Layer
-    form: LinearForm
-
-    @property
-    def name(self) -> str:
-        """The layer's name."""
-        return self.layer.name
-
-    @property
-    def source(self) -> Layer:
-        """The layer whose value it takes."""
-        return self.layer.args[self.form.operand]
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The float weight, in its own layout."""
-        owner, attribute, _ = self.layer.weight_source  # type: ignore[misc]
-        return getattr(owner, attribute)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The float bias [outputs of all groups], None where there is none."""
-        if self.layer.module is not None:
-            return self.layer.module.bias  # type: ignore[return-value]
-        operand = self._bias_operand
-        return None if operand is None else getattr(operand.owner, operand.attribute)
-
-    @property
-    def can_take_bias(self) -> bool:
-        """Whether there is a bias, or one can be added."""
-        return self.layer.module is not None or self._bias_operand is not None
-
-    @property
-    def outputs(self) -> int:
-        """The number of output channels."""
-        return self.form.groups * self.form.outputs
-
-    @property
-    def inputs(self) -> int:
-        """The number of input channels."""
-        return self.form.groups * (self.form.inputs // self._positions)
-
-    @property
-    def is_depthwise(self) -> bool:
-        """Whether every output channel comes from one input channel of its own."""
-        return self.form.groups > 1 and self.form.outputs == 1 and self.inputs == self.form.groups
-
-    @property
-    def channel_axis(self) -> int:
-        """The axis of output channels: 1 for convolutions, the last one for linear layers."""
-        return 1 if self.form.windows is not None else len(self.layer.shape or ()) - 1
-
-    @property
-    def pads_with_zeros(self) -> bool:
-        """Whether it sees zeros around its input; also every transposed convolution, which spreads it with zeros."""
-        windows = self.form.windows
-        if windows is None:
-            return False
-        return windows.transposed or (windows.mode == "constant" and any(map(any, windows.padding)))
-
-    def grouped(self, weight: Tensor | None = None) -> Tensor:
-        """A float64 copy of the weight, or of anything of its shape, as [groups, outputs, inputs, positions]."""
-        matrix = self.form.matrix((self.weight if weight is None else weight).detach().double())
-        return matrix.reshape(*matrix.shape[:2], -1, self._positions)
-
-    def factors(self, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Tensor:
-        """Factors a channel, [outputs] and [inputs], as one factor an entry of the weight, in its own layout."""
-        form = self.form
-        shape = (form.groups, form.outputs, form.inputs // self._positions, self._positions)
-        found = torch.ones(shape, dtype=torch.float64, device=self.weight.device)
-        if outputs is not None:
-            found = found * outputs.double().view(form.groups, -1, 1, 1)
-        if inputs is not None:
-            found = found * inputs.double().view(form.groups, 1, -1, 1)
-        return form.weight(found.reshape(form.groups, form.outputs, form.inputs), self.weight.shape)
-
-    def response(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
-        """What a constant input, `values` [inputs], adds to each output channel away from borders: [outputs].
-
-        weight: another one of the same shape in place of the kernel's own.
-        """
-        grouped = self.grouped(weight)
-        return torch.einsum("goip,gi->go", grouped, values.double().view(self.form.groups, -1)).reshape(-1)
-
-    @torch.no_grad()
-    def shift_bias(self, shift: Tensor) -> None:
-        """Changes the layer: adds `shift` [outputs] to its bias, which is created where there is none."""
-        if self.bias is not None:
-            self.bias.copy_(self.bias.double() + shift)
-            return
-        weight = self.weight
-        bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
-        self.layer.module.bias = bias  # type: ignore[union-attr,assignment]
-
-    @property
-    def _positions(self) -> int:
-        return prod(self.form.windows.kernel) if self.form.windows is not None else 1
-
-    @property
-    def _bias_operand(self) -> Layer | None:
-        position = 0 if self.layer.function_name == "addmm" else 2
-        operand = self.layer.args[position] if len(self.layer.args) > position else None
-        return operand if isinstance(operand, Layer) and operand.owner is not None else None
-
-
-def kernel_of(layer: Layer) -> Kernel | None:
-    """The layer as a kernel, None where it is none or its weight is no parameter of one matrix."""
-    source = layer.weight_source
-    if source is None or source[1] not in source[0]._parameters or layer.function_name in ("bmm", "convolution"):
-        return None
-    form = linear_form(layer)
-    if form is None or (form.windows is None and form.groups > 1):
-        return None
-    operand = layer.args[form.operand] if len(layer.args) > form.operand else None
-    return Kernel(layer, form) if isinstance(operand, Layer) and operand.owner is None else None
 
 
 class Uses:

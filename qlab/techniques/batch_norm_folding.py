@@ -10,7 +10,8 @@ import torch
 
 from qlab.graph import FoldedNorm, Layer, LayerGraph
 from qlab.graph.batch_norm import BatchNorm
-from qlab.graph.patterns import Kernel, Path, Uses, follow, kernel_of
+from qlab.graph.kernel import Kernel, kernel_of
+from qlab.graph.patterns import Path, Uses, follow
 from qlab.progress import Progress
 from qlab.settings import setting
 from qlab.sim import QuantSim

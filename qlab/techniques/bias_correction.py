@@ -10,7 +10,8 @@ from torch import Tensor
 from qlab.errors import InputError
 from qlab.graph import Layer, call_layer
 from qlab.graph.batch_norm import BatchNorm
-from qlab.graph.patterns import Kernel, kernel_of, passes, takes, upper_bound
+from qlab.graph.kernel import Kernel, kernel_of
+from qlab.graph.patterns import passes, takes, upper_bound
 from qlab.progress import Progress
 from qlab.quantization import WeightQuantizer
 from qlab.settings import setting
@@ -103,10 +104,10 @@ def _correctable(sim: QuantSim) -> tuple[dict[str, Kernel], list[str]]:
         if entry.weight is None or entry.carries_weight or not entry.weight.enabled:
             continue
         kernel = kernel_of(entry.layer)
-        if kernel is None:
+        if entry.layer.kind == "embedding":
             continue
-        if kernel.layer.module is None:
-            left.append(f"{name} (called as a function)")
+        if kernel is None or kernel.layer.module is None:
+            left.append(f"{name} (called as a function)" if entry.layer.module is None else f"{name} (no bias)")
         elif sum(weight is entry.weight for weight in shared) > 1:
             left.append(f"{name} (its weight is used more than once)")
         else:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qlab.graph import FoldedNorm, Layer
-from qlab.graph.patterns import Kernel, Link, links, runs
+from qlab.graph.kernel import Kernel
+from qlab.graph.patterns import Link, links, runs
 from qlab.progress import Progress
 from qlab.settings import setting
 from qlab.sim import QuantSim
@@ -69,9 +70,9 @@ class CrossLayerEqualization(Technique):
         after = [equalizer.ranges(link) for link in found]
         notes += equalizer.apply(sim)
         rows = []
-        for link, factors, *ranges in zip(found, equalizer.factors, before, after, strict=True):
+        for link, factors, old, new in zip(found, equalizer.factors, before, after, strict=True):
             absorbed, reason = _absorb(sim, link) if self.absorb_bias else (0, "")
-            rows.append(_row(link, *ranges, factors) | {"absorbed": absorbed})
+            rows.append(_row(link, old, new, factors) | {"absorbed": absorbed})
             if reason and reason not in notes:
                 notes.append(reason)
             if absorbed or bool((factors != 1).any()):
@@ -79,7 +80,8 @@ class CrossLayerEqualization(Technique):
         notes += [note] if (note := renew_ranges(sim, stale, batches, progress)) else []
         notes += [_kept_apart(reasons)] if reasons else []
         moved = sum(row["largest_factor"] > 1 for row in rows)
-        values: dict[str, Any] = {"pairs": len(found), "moved": moved, "sweeps": sweeps}
+        absorbed = sum(row["absorbed"] for row in rows)
+        values: dict[str, Any] = {"pairs": len(found), "moved": moved, "sweeps": sweeps, "absorbed": absorbed}
         change = described(function.change(), values) if function is not None else ""
         known = f" ({len(found) - moved} were equal already)" if moved < len(found) else ""
         summary = f"equalized {len(found)} pairs of layers in {sweeps} sweeps{known}{change}"
@@ -109,7 +111,7 @@ class CrossLayerEqualization(Technique):
                 sim.graph.replace_module(name, "relu")
         sim.changed()
         replaced = [layer.name for layer in sim.graph if layer.kind != kinds[layer.name]]
-        notes.append(f"ReLU6 became ReLU, which changes the float function: {', '.join(replaced)}.")
+        notes.append(f"ReLU6 became ReLU, which changes the float function: {_first(replaced, ', ')}.")
         reached = sim.graph.downstream(replaced)
         return found, [layer for layer in sim.graph if layer.index in reached]
 
@@ -250,6 +252,11 @@ def _spread(ranges: Tensor) -> float:
 
 
 def _kept_apart(reasons: dict[str, str]) -> str:
-    told = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:8])
-    more = f"; and {len(reasons) - 8} more" if len(reasons) > 8 else ""
-    return f"not equalized with what follows: {told}{more}."
+    told = _first([f"{name}: {reason}" for name, reason in reasons.items()], "; ")
+    return f"not equalized with what follows: {told}."
+
+
+def _first(parts: list[str], separator: str) -> str:
+    """The first parts as a list, and how many more there are."""
+    rest = [f"and {len(parts) - 8} more"] if len(parts) > 8 else []
+    return separator.join([*parts[:8], *rest])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlab.graph.patterns import Kernel
+from qlab.graph.kernel import Kernel
 from qlab.quantization import PER_CHANNEL, Encoding, WeightQuantizer, quantize
 from qlab.sim import QuantSim
 
@@ -46,7 +46,7 @@ def scale_weight(
         codes = quantize(quantizer.weight, encoding)
     if keep_integers and encoding.axis is None:
         encoding = _one_a_channel(encoding, quantizer)
-    moved = _moved(encoding, codes, factors, quantizer.axis)
+    moved = _moved(encoding, codes, factors)
     correction = quantizer.bias_correction
     _multiply(kernel.weight, factors)
     if moved is not None:
@@ -99,18 +99,19 @@ def _hold(quantizer: WeightQuantizer, moved: _Moved) -> None:
 
 
 def _one_a_channel(encoding: Encoding, quantizer: WeightQuantizer) -> Encoding:
+    assert quantizer.axis is not None
     channels = quantizer.weight.shape[quantizer.axis]
     scale, zero_point = encoding.scale.expand(channels).clone(), encoding.zero_point.expand(channels).clone()
     return replace(encoding, scale=scale, zero_point=zero_point, axis=quantizer.axis)
 
 
-def _moved(encoding: Encoding, codes: Tensor | None, factors: Tensor, axis: int) -> _Moved | None:
+def _moved(encoding: Encoding, codes: Tensor | None, factors: Tensor) -> _Moved | None:
     """Encoding and integers that stand for the weight times `factors`; None where a grid has several factors.
 
     A negative factor turns a grid around: on a symmetric one integers change sign, on another q becomes
     qmin + qmax - q and so does the zero point. A channel of factor 0 keeps its scale and becomes all zero.
     """
-    rows = factors.reshape(1, -1) if encoding.axis is None else factors.movedim(axis, 0).flatten(1)
+    rows = factors.reshape(1, -1) if encoding.axis is None else factors.movedim(encoding.axis, 0).flatten(1)
     if bool((rows.amin(1) != rows.amax(1)).any()):
         return None
     factor = rows[:, 0].to(encoding.scale.device)

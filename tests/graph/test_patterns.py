@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlab.graph import capture
-from qlab.graph.patterns import Kernel, kernel_of, links, runs, upper_bound
+from qlab.graph.kernel import Kernel, kernel_of
+from qlab.graph.patterns import links, runs, upper_bound
 
 
 class Functions(nn.Module):
