@@ -101,16 +101,17 @@ class Kernel:
         weight: another one of the same shape in place of the kernel's own.
         """
         grouped = self.grouped(weight)
-        return torch.einsum("goip,gi->go", grouped, values.double().view(self.form.groups, -1)).reshape(-1)
+        by_group = values.to(grouped.device).double().view(self.form.groups, -1)
+        return torch.einsum("goip,gi->go", grouped, by_group).reshape(-1)
 
     @torch.no_grad()
     def shift_bias(self, shift: Tensor) -> None:
         """Changes the layer: adds `shift` [outputs] to its bias, which is created where there is none."""
-        if self.bias is not None:
-            self.bias.copy_(self.bias.double() + shift)
+        weight, bias = self.weight, self.bias
+        if bias is not None:
+            bias.copy_(bias.double() + shift.to(bias.device))
             return
-        weight = self.weight
-        bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
+        bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
         self.layer.module.bias = bias  # type: ignore[union-attr]
 
     @property

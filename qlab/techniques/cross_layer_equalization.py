@@ -82,6 +82,8 @@ class CrossLayerEqualization(Technique):
         moved = sum(row["largest_factor"] > 1 for row in rows)
         absorbed = sum(row["absorbed"] for row in rows)
         values: dict[str, Any] = {"pairs": len(found), "moved": moved, "sweeps": sweeps, "absorbed": absorbed}
+        if function is None:
+            notes.append("what became of the float result was not measured: give batches to apply for that.")
         change = described(function.change(), values) if function is not None else ""
         known = f" ({len(found) - moved} were equal already)" if moved < len(found) else ""
         summary = f"equalized {len(found)} pairs of layers in {sweeps} sweeps{known}{change}"
