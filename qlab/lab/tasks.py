@@ -1,6 +1,7 @@
 """What the jobs of a Lab do: run a technique, an analysis or a function; a change is one step, whole or not at all."""
 
 import copy
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -113,13 +114,18 @@ def _function(sim: QuantSim, function: Callable[[QuantSim, Progress], Any]) -> C
 
 
 def _analysis(state: LabState, measure: Callable[..., Any], data: Batches, score: Any) -> Callable[[Job], Any]:
-    """An analysis of a copy of the sim as it is when the job begins, so that edits go on meanwhile."""
+    """An analysis of a copy of the sim as it is when the job begins, so that edits go on meanwhile.
+
+    Where it can tell rows as they are found, the job publishes them.
+    """
+    tells = "on_row" in inspect.signature(measure).parameters
 
     def work(job: Job) -> Any:
         with state.lock:
             state.notice()
             twin = copy.deepcopy(state.sim)
-        return measure(twin, data, score=score, progress=job)
+        options = {"on_row": job.publish} if tells else {}
+        return measure(twin, data, score=score, progress=job, **options)
 
     return work
 

@@ -329,6 +329,15 @@ def test_an_analysis_gets_a_copy_so_that_edits_go_on(lab: qlab.Lab) -> None:
     assert lab.sim["fc"].weight.bits == 4
 
 
+def test_the_rows_of_an_analysis_are_published_as_they_are_found(lab: qlab.Lab) -> None:
+    rows: list[object] = []
+    lab.events.job_published.connect(lambda job, row: rows.append(row))
+    lab.set("fc", "weight", bits=4)
+    analysis = lab.run(qlab.QuantAnalyzer())
+    assert len(rows) >= len(analysis.ranking())
+    assert lab.step == 1
+
+
 def test_paused_techniques_keep_the_sim_and_let_views_read(lab: qlab.Lab, nudge) -> None:
     began = threading.Event()
     job = lab.start(nudge(steps=300, at_step=lambda step: (began.set(), time.sleep(0.002))))

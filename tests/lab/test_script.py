@@ -17,6 +17,7 @@ import qlab
 import qlab.sim.quant_sim
 from qlab.errors import HistoryError, SpecError
 from qlab.graph import LayerGraph
+from qlab.techniques import TECHNIQUES
 from tests.lab.conftest import _Nudge, differing, state_of
 
 LAYERS = ["x", "stem", "relu", "body", "relu_1", "mean", "fc"]
@@ -38,10 +39,12 @@ class World:
     """What a script finds in a fresh kernel."""
 
     def __init__(self, sim: qlab.QuantSim, model: nn.Module, batches: list[Tensor], labelled: list[Any]) -> None:
-        self.sim, self.model, self.batches, self.score = sim, model, batches, qlab.Accuracy(labelled)
+        self.sim, self.model, self.batches, self.labelled = sim, model, batches, labelled
+        self.score = qlab.Accuracy(labelled)
 
     def run(self, script: str) -> qlab.QuantSim:
         names = {"model": self.model, "example": self.batches[0], "batches": self.batches, "score": self.score}
+        names["labelled"] = self.labelled
         exec(compile(script, "script", "exec"), names)
         return names["sim"]
 
@@ -65,6 +68,9 @@ one_setting = st.one_of(
 granularity = st.sampled_from(["per_tensor", "per_channel", "per_block(2)"])
 bound = st.floats(0.125, 8, allow_nan=False, width=32)
 
+techniques = st.sampled_from(
+    [_Nudge(steps=1), qlab.BatchNormFolding(), qlab.CrossLayerEqualization(), qlab.BiasCorrection()]
+)
 action = st.one_of(
     st.tuples(st.just("set"), part_and_layer, one_setting),
     st.tuples(st.just("granularity"), st.sampled_from(WEIGHTS), granularity),
@@ -72,7 +78,9 @@ action = st.one_of(
     st.tuples(st.just("set_range"), part_and_layer, bound, bound),
     st.tuples(st.just("cell"), part_and_layer, one_setting),
     st.tuples(st.just("cell_freeze"), part_and_layer, bound),
-    st.tuples(st.just("run"), st.sampled_from([_Nudge(steps=1), _Nudge(steps=2)])),
+    st.tuples(st.just("run"), techniques),
+    st.tuples(st.just("cell_run"), techniques),
+    st.tuples(st.just("cell_calibrate")),
     st.tuples(st.just("calibrate")),
     st.tuples(st.sampled_from(["undo", "undo", "redo"])),
     st.tuples(st.just("go_to"), st.integers(0, 12)),
@@ -99,6 +107,10 @@ def perform(lab: qlab.Lab, verb: str, *arguments: Any) -> None:
         (part, layer), high = arguments
         getattr(lab.sim[layer], part).set_range(-1.0, high)
         lab.refresh()
+    elif verb == "cell_run":
+        arguments[0].apply(lab.sim, lab.batches)
+    elif verb == "cell_calibrate":
+        lab.sim.calibrate(lab.batches)
     else:
         getattr(lab, verb)(*arguments)
 
@@ -184,6 +196,31 @@ def test_data_that_the_notebook_has_a_name_for_is_called_so(lab: qlab.Lab, batch
     monkeypatch.setattr(sys.modules["__main__"], "first_batch", first, raising=False)
     lab.calibrate(first)
     assert lab.script().endswith("sim.calibrate(first_batch)\n")
+
+
+QUICK = {"iterations": 3, "epochs": 1, "batches": 1, "verify": 0, "finalists": 1}
+
+
+@pytest.mark.parametrize("name", [n for n, t in TECHNIQUES.items() if t.__module__.startswith("qlab.")])
+def test_the_script_reproduces_what_each_technique_did(
+    name: str, sim: qlab.QuantSim, world: World, labelled: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = TECHNIQUES[name]
+    settings = {key: value for key, value in QUICK.items() if key in kind.__dataclass_fields__}
+    if name == "AutoQuant":
+        settings["techniques"] = ("CrossLayerEqualization",)
+    monkeypatch.setattr(sys.modules["__main__"], "labelled", labelled, raising=False)
+    lab = qlab.Lab(sim, world.batches, score=world.score)
+    before = state_of(lab.sim)
+    lab.set("stem", "weight", bits=4)
+    lab.run(kind(**settings), batches=labelled if kind.needs_labels else None)
+    lab.set("fc", "output", bits=6)
+    after = state_of(lab.sim)
+    assert differing(after, state_of(world.run(lab.script()))) == []
+    lab.go_to(0)
+    assert differing(before, state_of(lab.sim)) == []
+    lab.go_to(3)
+    assert differing(after, state_of(lab.sim)) == []
 
 
 @pytest.mark.parametrize(
