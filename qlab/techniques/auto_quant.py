@@ -16,7 +16,7 @@ from qlab.sim.evaluate import Evaluation, evaluation_of
 from qlab.techniques.auto_quant_result import AutoQuantResult
 from qlab.techniques.auto_quant_run import AutoQuantRun
 from qlab.techniques.stage_store import StageStore, require_writable
-from qlab.techniques.stages import StageRecord, Steering
+from qlab.techniques.stages import StageRecord
 from qlab.techniques.technique import TECHNIQUES, Technique
 
 RULES = (
@@ -99,6 +99,7 @@ class AutoQuant(Technique):
         first = next(iter(data), None)
         if first is None:
             raise InputError("AutoQuant needs at least one batch; the iterable was empty.")
+        judge = Agreement(data) if score is None else evaluation_of(score)
         if self.save_dir is not None:
             require_writable(self.save_dir)
         store = StageStore(self.resume_dir)
@@ -111,14 +112,15 @@ class AutoQuant(Technique):
                 return _not_captured(sim, example, error)
         elif preset is not None:
             raise InputError("preset= is for models; a QuantSim has its own. Give the model, or leave preset out.")
+        for batch in data:  # what is wrong with the data is said before the work starts, and not by every stage
+            sim.inputs(batch)
         run = AutoQuantRun(
             sim=sim,
             data=data,
-            evaluation=Agreement(data) if score is None else evaluation_of(score),
+            evaluation=judge,
             techniques=chosen,
             labelled=None if labelled is None else Batches(labelled),
             settings=self,
-            steering=self.steering or Steering(),
             store=store,
             progress=progress or Silent(),
         )

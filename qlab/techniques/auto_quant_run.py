@@ -1,31 +1,31 @@
-"""One run of AutoQuant: the stages in order, on a working copy that returns to remembered states.
+"""One run of AutoQuant: which stages there are, in which order, and what each is told of itself.
 
-A stage starts from a finished one, changes the working copy and is scored. What holds a state is kept as a snapshot;
-a choice of range rules is only remembered as such, for it costs nothing to make again.
+A stage starts from a finished one, changes the working copy and is scored.
 """
 
 import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
-
-import torch
 
 from qlab.analysis.shadow import shadow
 from qlab.errors import Cancelled, InputError
 from qlab.progress import Progress, publish
-from qlab.quantization import Quantizer, RangeRule, WeightQuantizer
-from qlab.sim import SQNR, Measurement, PerSample, QuantSim, Snapshot
+from qlab.quantization import Quantizer, WeightQuantizer
+from qlab.sim import Measurement, QuantSim, Snapshot
 from qlab.sim.batches import Batches
-from qlab.sim.evaluate import Evaluation, float_tensors
-from qlab.sim.log import LogEntry, Marks
+from qlab.sim.evaluate import Evaluation
 from qlab.techniques.auto_quant_result import AutoQuantResult
 from qlab.techniques.batch_norm_folding import BatchNormFolding
 from qlab.techniques.cross_layer_equalization import CrossLayerEqualization
 from qlab.techniques.mixed_precision import MixedPrecision
+from qlab.techniques.qat import QAT
+from qlab.techniques.stage_scores import Scores
 from qlab.techniques.stage_store import StageStore, fingerprint, key_of
+from qlab.techniques.stage_tree import Stage, StageTree, rank, rule_changes, set_rules
 from qlab.techniques.stages import StageRecord, Steering
 from qlab.techniques.technique import Technique
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qlab.techniques.auto_quant import AutoQuant
 
 FLOAT, GIVEN, WEIGHTS = "float", "as given", "weights in float"
+_NOTHING_DONE = {BatchNormFolding: "folded", CrossLayerEqualization: "pairs"}  # the value that is 0 or missing then
 
 
 class _Vetoed(Cancelled):
@@ -47,26 +48,15 @@ class _Finished(Exception):
     """Nothing more needs to be tried."""
 
 
-@dataclass(eq=False)
-class _Node:
-    """A stage with what is needed to return to its state: a snapshot, rules on its parent, or a file."""
+class _NothingToDo(Exception):
+    """A technique found nothing to change."""
 
-    record: StageRecord
-    parent: "_Node | None"
-    key: str
-    technique: Technique | None = None
-    rules: tuple[str, str] | None = None
-    snapshot: Snapshot | None = None
-    is_candidate: bool = True
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What a person may call it."""
-        return (self.record.stage, self.record.technique) if self.record.technique else (self.record.stage,)
+class _BrokenProgress(BaseException):
+    """The progress raised: no stage's fault, so that none may take it for its own."""
 
-    def line(self) -> "list[_Node]":
-        """The node and all it was built on, itself first."""
-        return [self, *(self.parent.line() if self.parent is not None else [])]
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
 class AutoQuantRun:
@@ -80,425 +70,310 @@ class AutoQuantRun:
         techniques: list[Technique | type[Technique]],
         labelled: Batches | None,
         settings: "AutoQuant",
-        steering: Steering,
         store: StageStore,
         progress: Progress,
     ) -> None:
-        self.data, self.evaluation, self.labelled = data, evaluation, labelled
-        self.settings, self.steering, self.store, self.progress = settings, steering, store, progress
-        self.techniques = techniques
+        self.data, self.labelled, self.settings = data, labelled, settings
+        self.steering: Steering = settings.steering or Steering()
+        self.store, self.progress = store, progress
         self.sim = deepcopy(sim)
         self.sim.eval()
-        self.nodes: list[_Node] = []
+        self.scores = Scores(evaluation)
+        self.tree = StageTree(self.sim, self.steering, store, data.source)
+        self.techniques = [t if isinstance(t, Technique) else _default(t, self.sim) for t in techniques]
         self.records: list[StageRecord] = []
         self.notes: list[str] = []
         self.target: float | None = None
         self.float_score = math.nan
         self.total = self._planned()
-        self.started = time.monotonic()
-        self._root: Snapshot | None = None
-        self._sqnr: SQNR | None = None
+        self._started = time.perf_counter()
 
     def result(self) -> AutoQuantResult:
         """Runs all stages; the best of them."""
-        started, cancelled = time.perf_counter(), False
+        cancelled = False
         try:
             self._search()
         except _Finished:
             pass
         except _OutOfTime:
             self.notes.append(f"the time budget of {self.settings.time_budget_s:g} s is spent.")
+        except _BrokenProgress as broken:
+            raise broken.error from None
         except (Cancelled, KeyboardInterrupt):
-            if self.settings.on_cancel == "raise" or self._best() is None:
+            if self.settings.on_cancel == "raise" or self.tree.best() is None:
                 raise
             cancelled = True
             self.notes.append("cancelled; this is the best so far.")
-        return self._outcome(cancelled, time.perf_counter() - started)
+        return self._outcome(cancelled)
 
     # The plan ---------------------------------------------------------------------------------------------------------
 
     def _search(self) -> None:
-        key = "" if self.store.folder is None else fingerprint(self.sim, self.data, self.evaluation)
-        self._measure_float()
-        given = self._begin(key)
+        self._set_target()
+        given = self._as_given()
         self._weights_in_float(given)
         self._stop_if_done()
-        base = self._structural("BatchNormFolding", given, BatchNormFolding(), "folded") or given
-        branches = [base]
+        base = self._apply("BatchNormFolding", given, BatchNormFolding()) or given
         self._try_rules(base)
-        for technique in self._of_kind(lambda kind: issubclass(kind, CrossLayerEqualization)):
-            equalized = self._structural(type(technique).__name__, base, technique, "pairs")
+        for technique in self._each(CrossLayerEqualization):
+            equalized = self._apply(_name(technique), base, technique)
             if equalized is not None:
-                branches.append(equalized)
                 self._try_rules(equalized)
-        for technique in self._of_kind(lambda kind: issubclass(kind, MixedPrecision)):
-            self._apply(type(technique).__name__, self._top(1)[0], technique)
-        pool = self._top(self.settings.finalists)
-        for technique in self._of_kind(_rounds):
-            for node in pool:
-                name = type(technique).__name__
-                self._apply(name if len(pool) == 1 else f"{name} of {node.record.stage}", node, technique)
-        for technique in self._of_kind(lambda kind: kind.__name__ == "QAT"):
-            self._apply(type(technique).__name__, self._top(1)[0], technique, self.labelled or self.data)
+        for technique in self._each(MixedPrecision):
+            for stage in self.tree.top(1, _is_rounding):
+                self._apply(_name(technique), stage, technique)
+        finalists = self.tree.top(self.settings.finalists, _is_rounding)
+        for technique in filter(_is_rounding, self.techniques):
+            for stage in finalists:
+                name = _name(technique) if len(finalists) == 1 else f"{_name(technique)} of {stage.record.stage}"
+                self._apply(name, stage, technique)
+        for technique in self._each(QAT):
+            for stage in self.tree.top(1, _is_rounding):
+                self._apply(_name(technique), stage, technique, self.labelled)
+
+    def _each(self, kind: type[Technique]) -> list[Technique]:
+        return [technique for technique in self.techniques if isinstance(technique, kind)]
 
     def _planned(self) -> int:
         """About how many stages there will be, for the progress bar."""
-        branches = 1 + len(self._of_kind(lambda kind: issubclass(kind, CrossLayerEqualization)))
-        rounding = self.settings.finalists * len(self._of_kind(_rounds))
-        rest = len(self.techniques) - (branches - 1) - len(self._of_kind(_rounds))
-        return 3 + branches * (1 + len(self.settings.rules)) + rounding + rest
-
-    def _of_kind(self, wanted: Callable[[type[Technique]], bool]) -> list[Technique]:
-        found = []
-        for item in self.techniques:
-            kind = item if isinstance(item, type) else type(item)
-            if wanted(kind) and not issubclass(kind, BatchNormFolding):
-                found.append(item if isinstance(item, Technique) else self._default(kind))
-        return found
-
-    def _default(self, kind: type[Technique]) -> Technique:
-        """A technique that was only named: mixed precision keeps the cost that the sim has now."""
-        if issubclass(kind, MixedPrecision):
-            weights = [q for q in self.sim.quantizers.values() if isinstance(q, WeightQuantizer) and q.enabled]
-            numbers = sum(q.weight.numel() for q in weights)
-            if numbers:
-                mean = sum(q.bits * q.weight.numel() for q in weights) / numbers
-                near = range(max(2, math.floor(mean) - 2), min(16, math.ceil(mean) + 4) + 1)
-                return kind(bits=tuple(near), budget=mean)
-        return kind()
+        branches = 1 + len(self._each(CrossLayerEqualization))
+        rounding = len(list(filter(_is_rounding, self.techniques)))
+        once = len(self._each(MixedPrecision)) + len(self._each(QAT))
+        return 3 + branches * (1 + len(self.settings.rules)) + rounding * self.settings.finalists + once
 
     # Stages -----------------------------------------------------------------------------------------------------------
 
-    def _measure_float(self) -> None:
-        """The float score and from it the target; raises InputError where either makes no sense."""
-        started, settings, name = time.perf_counter(), self.settings, self.evaluation.name
-        if isinstance(self.evaluation, PerSample):
-            self._sqnr = SQNR(self.evaluation.batches)
-        self.progress.step(0, self.total, FLOAT)
+    def _set_target(self) -> None:
+        """Scores the float model; raises InputError where that or the target makes no sense."""
+        started, wanted = time.perf_counter(), self.settings.target
+        self._progress(FLOAT).step(0, 1)
+        score = self.scores.float_score(self.sim)
+        self.float_score = float(score)
+        if wanted is not None and wanted > score:
+            raise InputError(
+                f"target={wanted:g} is above the float model's own score, {score}: quantization cannot be expected to "
+                "gain. Ask for less, or for allowed_drop."
+            )
+        if wanted is not None or math.isfinite(score):
+            self.target = wanted if wanted is not None else self.float_score - self.settings.allowed_drop
+            reason = f"target {self.target:.4g}"
+        else:
+            reason = f"{self.scores.name} has no bound in float: there is no target, all stages are tried"
+        self._record(self._scored(StageRecord(FLOAT, None), score, math.nan, started, "reference", reason))
+
+    def _as_given(self) -> Stage | None:
+        """The sim as given, calibrated where it was not."""
+        note = ""
+        if any(isinstance(q, Quantizer) and q.enabled and q.encoding is None for q in self.sim.quantizers.values()):
+            self.sim.calibrate(self.data, self._progress(GIVEN))
+            self.tree.begin()
+            note = "its ranges come from the batches, for it was not calibrated"
+        key = ""
+        if self.store.folder is not None:
+            key = fingerprint(self.sim, chain(self.data, self.labelled or ()), self.scores.evaluation)
+        return self._stage(Stage(StageRecord(GIVEN, None), None, key_of("begin", key)), lambda _: note)
+
+    def _weights_in_float(self, given: Stage | None) -> None:
+        """Scores the sim with its weights in float: what no technique for weights alone can exceed."""
+        started, progress = time.perf_counter(), self._progress(WEIGHTS)
+        record = StageRecord(WEIGHTS, None if given is None else GIVEN)
+        self.tree.enter(given)
+        twin = shadow(self.sim)
+        for quantizer in twin.quantizers.values():
+            if isinstance(quantizer, WeightQuantizer):
+                quantizer.enabled = False
         try:
-            self.evaluation.prepare(self.sim)
-            score = self.sim.evaluate(self.evaluation, quantized=False)
+            score, sqnr = self.scores.of(twin, progress)
+        except _Vetoed:
+            self._record(replace(record, verdict="vetoed"))
+            return
         except Cancelled:
             raise
-        except Exception as error:
-            raise InputError(
-                f"the score ({name}) failed on the float model: {type(error).__name__}: {error}. There is nothing to "
-                "compare with; try it by sim.evaluate(score, quantized=False)."
-            ) from error
-        if math.isnan(score):
-            raise InputError(f"the score ({name}) of the float model is NaN: there is nothing to compare with.")
-        self.float_score = float(score)
-        if settings.target is not None:
-            if settings.target > score:
-                raise InputError(
-                    f"target={settings.target:g} is above the float model's own score, {score}: quantization cannot "
-                    "be expected to gain. Ask for less, or for allowed_drop."
-                )
-            self.target = settings.target
-        elif math.isfinite(score):
-            self.target = self.float_score - settings.allowed_drop
-        else:
-            self.notes.append(f"{name} of the float model has no bound, so there is no target: all stages are tried.")
-        reason = "nothing to reach" if self.target is None else f"target {self.target:.4g}"
-        self._record(self._scored(StageRecord(FLOAT, None), score, None, started, "reference", reason))
+        except Exception as error:  # noqa: BLE001  the table shows it
+            self._record(replace(record, verdict="failed", reason=_told(error)))
+            return
+        reason = "what activations alone cost"
+        if self.target is not None and score < self.target:
+            reason = (
+                f"activations alone miss the target by {self.target - score:.4g}: techniques for weights alone cannot "
+                "reach it"
+            )
+        self._record(self._scored(record, score, sqnr, started, "reference", reason))
 
-    def _begin(self, key: str) -> _Node:
-        """The sim as given, calibrated where it was not."""
-        missing = [q for q in self._quantizers() if q.enabled and q.encoding is None]
-        if missing:
-            self.sim.calibrate(self.data, self._stage_progress(GIVEN))
-        self._root = Snapshot(self.sim)
-        note = "it was not calibrated; its ranges come from the batches" if missing else ""
-        found = self._stage(GIVEN, None, key_of("root", key), lambda progress: note, keeps_file=False)
-        assert found is not None
-        return found
-
-    def _weights_in_float(self, given: _Node) -> None:
-        """Scores the sim with its weights in float: what no weight technique can exceed."""
-        if self._has_time():
-            started = time.perf_counter()
-            record = StageRecord(WEIGHTS, given.record.stage)
-            self._enter(given)
-            twin = shadow(self.sim)
-            for quantizer in twin.quantizers.values():
-                if isinstance(quantizer, WeightQuantizer):
-                    quantizer.enabled = False
-            try:
-                score, sqnr = self._measure(twin, self._stage_progress(WEIGHTS))
-            except Cancelled:
-                raise
-            except Exception as error:  # noqa: BLE001  the table shows it
-                self._record(replace(record, verdict="failed", reason=_told(error)))
-                return
-            reason = "what activations alone cost"
-            if self.target is not None and not is_reached(score, self.target):
-                reason = (
-                    f"activations alone miss the target by {self.target - score:.4g}: weight techniques cannot reach it"
-                )
-                self.notes.append(f"with its weights in float the sim still misses the target: {reason}.")
-            self._record(self._scored(record, score, sqnr, started, "reference", reason))
-
-    def _structural(self, name: str, parent: _Node, technique: Technique, counts: str) -> _Node | None:
-        """A stage that later ones build on even where it is not better at once; None where it found nothing to do."""
-        return self._apply(name, parent, technique, counts=counts)
-
-    def _try_rules(self, parent: _Node) -> None:
+    def _try_rules(self, parent: Stage | None) -> None:
+        equalized = parent is not None and isinstance(parent.technique, CrossLayerEqualization)
         for weights, outputs in self.settings.rules:
-            self._enter(parent)
-            before = Snapshot(self.sim, weights=False)
-            try:
-                changed = set_rules(self.sim, weights, outputs)
-            except Exception:  # noqa: BLE001  the stage raises it again, and says so
-                changed = 1
-            before.restore()
-            if not changed:
-                continue  # these are the parent's own
-            name = f"{weights} / {outputs}"
-            if isinstance(parent.technique, CrossLayerEqualization):
-                name = f"CLE, {name}"
-            key = key_of(parent.key, "rules", weights, outputs)
-
-            def work(progress: Progress, pair: tuple[str, str] = (weights, outputs)) -> str:
-                set_rules(self.sim, *pair)
-                return ""
-
-            self._stage(name, parent, key, work, rules=(weights, outputs), keeps_file=False)
+            self.tree.enter(parent)
+            if not rule_changes(self.sim, weights, outputs):
+                continue  # the parent has these rules
+            name = f"CLE, {weights} / {outputs}" if equalized else f"{weights} / {outputs}"
+            record = StageRecord(name, GIVEN if parent is None else parent.record.stage)
+            key = key_of("" if parent is None else parent.key, "rules", weights, outputs)
+            stage = Stage(record, parent, key, rules=(weights, outputs))
+            self._stage(stage, lambda _, pair=(weights, outputs): set_rules(self.sim, *pair) or "")  # type: ignore[misc]
 
     def _apply(
-        self, name: str, parent: _Node, technique: Technique, data: Batches | None = None, counts: str = ""
-    ) -> _Node | None:
-        """A stage that applies a technique; `counts`: the report's value that is 0 or missing where nothing changed."""
+        self, name: str, parent: Stage | None, technique: Technique, data: Batches | None = None
+    ) -> Stage | None:
+        """A stage that applies a technique."""
 
         def work(progress: Progress) -> str:
-            score = self.evaluation if technique.needs_score or isinstance(technique, MixedPrecision) else None
-            if type(technique).__name__ == "QAT":
-                score = self.evaluation
-            report = technique.apply(self.sim, data or self.data, score=score, progress=progress)
-            if counts and not report.values.get(counts):
-                raise _NothingToDo(report.summary)
+            judge = (
+                self.scores.evaluation
+                if technique.needs_score or isinstance(technique, (MixedPrecision, QAT))
+                else None
+            )
+            report = technique.apply(self.sim, data or self.data, score=judge, progress=progress)
+            for kind, value in _NOTHING_DONE.items():
+                if isinstance(technique, kind) and not report.values.get(value):
+                    raise _NothingToDo(report.summary)
             return report.summary
 
-        key = key_of(parent.key, repr(technique))
-        return self._stage(name, parent, key, work, technique)
+        record = StageRecord(name, GIVEN if parent is None else parent.record.stage, _name(technique))
+        key = key_of("" if parent is None else parent.key, repr(technique))
+        return self._stage(Stage(record, parent, key, technique), work)
 
-    def _stage(
-        self,
-        name: str,
-        parent: _Node | None,
-        key: str,
-        work: Callable[[Progress], str],
-        technique: Technique | None = None,
-        rules: tuple[str, str] | None = None,
-        keeps_file: bool = True,
-    ) -> _Node | None:
-        """Runs one stage; None where it was vetoed, failed or found nothing to do."""
-        above = None if parent is None else parent.record.stage
-        record = StageRecord(name, above, "" if technique is None else type(technique).__name__)
-        node = _Node(record, parent, key, technique, rules)
-        if self.steering.is_vetoed(*node.names):
-            self._record(replace(record, verdict="vetoed", reason="before it started"))
-            return None
-        if not self._has_time():
-            raise _OutOfTime(name)
+    def _stage(self, stage: Stage, work: Callable[[Progress], str]) -> Stage | None:
+        """Runs one stage; None where there is nothing to build on: it was vetoed, failed, or found nothing to do."""
+        record, started, progress = stage.record, time.perf_counter(), self._progress(*stage.names)
+
+        def end(verdict: str, reason: str) -> None:
+            stage.record = self._record(
+                replace(record, verdict=verdict, reason=reason, seconds=time.perf_counter() - started)
+            )
+
+        self._require_time(record.stage)
         publish(self.progress, replace(record, steering=self.steering))
-        started, progress = time.perf_counter(), self._stage_progress(*node.names)
+        is_done = False
         try:
-            progress.step(0, 1, "")
-            known = self.store.find(key, keeps_file)
+            progress.step(0, 1)
+            known = self.store.find(stage.key, stage.technique is not None)
             if known is not None:
-                node.record = replace(record, **known)
+                stage.record = replace(record, **known)
             else:
-                if parent is not None:
-                    self._enter(parent)
+                self.tree.enter(stage.parent)
                 note = work(progress)
-                score, sqnr = self._measure(self.sim, progress)
-                node.record = self._scored(record, score, sqnr, started, "effective", note)
-                if rules is None:
-                    node.snapshot = Snapshot(self.sim)
+                is_done = True
+                score, sqnr = self.scores.of(self.sim, progress)
+                stage.record = self._scored(record, score, sqnr, started, "", note)
         except _Vetoed:
-            self._record(replace(record, verdict="vetoed", reason="while it ran", seconds=_since(started)))
-            return None
+            end("vetoed", "while it ran" if is_done or stage.record is not record else "")
         except _NothingToDo as nothing:
-            self._record(replace(record, verdict="discarded", reason=str(nothing), seconds=_since(started)))
-            return None
-        except _OutOfTime:
-            self._record(replace(record, verdict="discarded", reason="out of time", seconds=_since(started)))
-            raise
-        except (Cancelled, KeyboardInterrupt):
-            self._record(replace(record, verdict="discarded", reason="cancelled", seconds=_since(started)))
+            end("discarded", str(nothing))
+        except (Cancelled, KeyboardInterrupt) as stop:
+            end("discarded", "out of time" if isinstance(stop, _OutOfTime) else "cancelled")
             raise
         except Exception as error:  # noqa: BLE001  the table shows it, and the other stages go on
-            self._record(replace(record, verdict="failed", reason=_told(error), seconds=_since(started)))
-            return self._unscored(node, parent, technique)
-        if known is None:
-            kept = {k: v for k, v in asdict(replace(node.record, steering=None)).items() if k in _KEPT}
-            self.store.keep(key, kept, self.sim if keeps_file else None)
-        self._judge(node)
-        self._stop_if_done()
-        return node
-
-    def _unscored(self, node: _Node, parent: _Node | None, technique: Technique | None) -> _Node | None:
-        """The first stages are built on even where the score failed on them: it may not fail later."""
-        if parent is None or isinstance(technique, (BatchNormFolding, CrossLayerEqualization)):
-            try:
-                if parent is not None:
-                    self._enter(parent)
-                    assert technique is not None
-                    technique.apply(self.sim, self.data)
-            except Exception:  # noqa: BLE001  the technique itself failed: there is nothing to build on
-                return None
-            node.snapshot, node.is_candidate = Snapshot(self.sim), False
-            node.record = self.records[-1]
-            return node
+            end("failed", _told(error))
+            if is_done and isinstance(stage.technique, (BatchNormFolding, CrossLayerEqualization)):
+                stage.builds_only = True  # only its score failed, which later ones need not
+                return self._keep(stage)
+        else:
+            self._keep(stage, known is None)
+            self._judge(stage)
+            self._stop_if_done()
+            return stage
         return None
 
-    def _judge(self, node: _Node) -> None:
-        """Gives a finished stage its verdict and reason, and tells of it."""
-        record, best = node.record, self._best()
+    def _keep(self, stage: Stage, is_new: bool = False) -> Stage:
+        """Remembers a stage and, where it was not read from there, writes it to the store."""
+        if stage.technique is not None and (is_new or stage.builds_only):
+            stage.snapshot = Snapshot(self.sim)
+        if is_new:
+            try:
+                self.store.keep(stage.key, _numbers(stage.record), self.sim if stage.technique is not None else None)
+            except OSError as error:  # a full disk costs the resumption, not the work
+                self.notes.append(f"{stage.record.stage!r} could not be kept in {self.store.folder}: {error}.")
+        if stage.builds_only:
+            self.tree.stages.append(stage)
+        return stage
+
+    def _judge(self, stage: Stage) -> None:
+        """Gives a scored stage its verdict and the reason, and makes it a candidate."""
+        record, best = stage.record, self.tree.best()
         told = [record.reason] if record.reason else []
-        if isinstance(node.technique, BatchNormFolding):
+        if isinstance(stage.technique, BatchNormFolding):
             verdict = "effective"
             told.append("kept, for targets fold it")
-        elif best is None or _rank(record) > _rank(best.record):
+        elif best is None or rank(record) > rank(best.record):
             verdict = "effective"
-            told += [] if best is None else [f"better than {best.record.stage!r} ({best.record.score:.4g})"]
+            told += [] if best is None else [f"better than {_with_score(best)}"]
         else:
             verdict = "discarded"
-            told.append(f"no better than {best.record.stage!r} ({best.record.score:.4g})")
-        if is_reached(record.score, self.target):
+            told.append(f"no better than {_with_score(best)}")
+        if self._reaches(record.score):
             verdict = "target met"
-        if self.steering.is_forced(*node.names):
+        if self.steering.is_forced(*stage.names):
             verdict = "forced"
-        self.nodes.append(node)
-        node.record = self._record(replace(record, verdict=verdict, reason="; ".join(told)))
+        stage.record = self._record(replace(record, verdict=verdict, reason="; ".join(told)))
+        self.tree.stages.append(stage)
 
-    # Choosing ---------------------------------------------------------------------------------------------------------
-
-    def _pool(self) -> list[_Node]:
-        """The candidates that nobody vetoed, of those with the most forced stages behind them."""
-        open_ = [n for n in self.nodes if not any(self.steering.is_vetoed(*above.names) for above in n.line())]
-        forced = [sum(self.steering.is_forced(*above.names) for above in n.line()) for n in open_]
-        return [n for n, count in zip(open_, forced, strict=True) if count == max(forced)]
-
-    def _best(self) -> _Node | None:
-        """The best candidate; of equal ones the earlier."""
-        return max(self._pool(), key=lambda node: _rank(node.record), default=None)
-
-    def _top(self, count: int) -> list[_Node]:
-        """The best states that no rounding was learned for."""
-        plain = [n for n in self._pool() if not any(a.technique and _rounds(type(a.technique)) for a in n.line())]
-        if not plain:
-            plain = list(self._pool()) or self.nodes[:1]
-        if not plain:
-            raise _Finished
-        return sorted(plain, key=lambda node: _rank(node.record), reverse=True)[:count]
+    # The end ----------------------------------------------------------------------------------------------------------
 
     def _stop_if_done(self) -> None:
-        best = self._best()
-        if not self.settings.stop_at_target or best is None or not is_reached(best.record.score, self.target):
-            return
-        done = {name for node in self.nodes for name in node.names}
-        if not self.steering.forced - done:
+        best = self.tree.best()
+        met = best is not None and self._reaches(best.record.score)
+        if self.settings.stop_at_target and met and not self.tree.has_forced_ahead():
             raise _Finished
 
-    def _outcome(self, cancelled: bool, seconds: float) -> AutoQuantResult:
-        best = self._best()
-        for node in self.nodes:
-            if any(self.steering.is_vetoed(*above.names) for above in node.line()) and node.record.verdict != "vetoed":
-                node.record = self._record(replace(node.record, verdict="vetoed", reason="after it had run"))
-        lineage: list[str] = []
-        name, unit = self.evaluation.name, _share(self.float_score)
-        if best is not None:
-            self._enter(best)
-            lineage = [node.record.stage for node in best.line()]
-            found = f"{name} {unit(best.record.score)} by {' < '.join(lineage)}"
-        else:
-            assert self._root is not None
-            self._root.restore()
-            found = f"no stage could be scored by {name}; this is the sim as given"
-        summary = f"{found}; float {unit(self.float_score)}"
-        if self.target is not None:
-            met = best is not None and is_reached(best.record.score, self.target)
-            summary += f", target {unit(self.target)} " + ("met" if met else "missed")
+    def _reaches(self, score: float) -> bool:
+        return self.target is not None and score >= self.target
+
+    def _outcome(self, cancelled: bool) -> AutoQuantResult:
+        best = self.tree.best()
+        for stage in self.tree.stages:
+            if self.tree.is_vetoed(stage):
+                own = self.steering.is_vetoed(*stage.names)
+                reason = "after it had run" if own else "built on what was vetoed"
+                stage.record = self._record(replace(stage.record, verdict="vetoed", reason=reason))
+        lineage = [] if best is None else [stage.record.stage for stage in best.line]
+        self.tree.enter(best)
+        met = best is not None and self._reaches(best.record.score)
+        weights = next((r for r in self.records if r.stage == WEIGHTS), None)
+        if not met and weights is not None and self.target is not None and weights.score < self.target:
+            self.notes.append(f"with its weights in float: {weights.reason}.")
+        score = math.nan if best is None else best.record.score
         return AutoQuantResult(
             technique="AutoQuant",
-            summary=summary,
-            rows=tuple(
-                {k: v for k, v in asdict(replace(r, steering=None)).items() if k in _KEPT} for r in self.records
-            ),
+            summary=self._summary(score, lineage, met),
+            rows=tuple(_numbers(record) for record in self.records),
             notes=tuple(self.notes),
-            values={
-                "float": self.float_score,
-                "target": self.target,
-                "score": None if best is None else best.record.score,
-            },
-            seconds=seconds,
+            values={"float": self.float_score, "target": self.target, "score": score, "is_target_met": met},
+            seconds=time.perf_counter() - self._started,
             sim=self.sim,
             best=None if best is None else best.record,
             records=tuple(self.records),
             lineage=tuple(lineage),
             target=self.target,
             float_score=self.float_score,
-            score_name=name,
+            score_name=self.scores.name,
             cancelled=cancelled,
         )
 
-    # Machinery --------------------------------------------------------------------------------------------------------
+    def _summary(self, score: float, lineage: list[str], met: bool) -> str:
+        def shown(value: float) -> str:
+            return f"{value:.2%}" if 0 < self.float_score <= 1 else f"{value:.4g}"
 
-    def _enter(self, node: _Node) -> None:
-        """Changes the working copy to the state of a finished stage."""
-        if node.snapshot is not None:
-            node.snapshot.restore()
-        elif node.rules is not None:
-            assert node.parent is not None
-            self._enter(node.parent)
-            set_rules(self.sim, *node.rules)
-        else:
-            assert self._root is not None
-            if node.parent is None:
-                self._root.restore()
-            else:
-                self._enter(node.parent)
-                before = Marks.of(self.sim)
-                log = list(self.sim.log)
-                self._root.restore()
-                self.store.load(node.key, self.sim)
-                self.sim.log[:] = [*log, LogEntry(node.technique, self.data.source, None, before, Marks.of(self.sim))]
-            node.snapshot = Snapshot(self.sim)
+        if not lineage:
+            return f"no stage could be scored by {self.scores.name}: this is the sim as given"
+        target = "" if self.target is None else f", target {shown(self.target)} {'met' if met else 'missed'}"
+        return f"{self.scores.name} {shown(score)}, float {shown(self.float_score)}{target}; {' < '.join(lineage)}"
 
-    def _measure(self, sim: QuantSim, progress: Progress) -> tuple[Measurement, float]:
-        """Score and SQNR [dB, NaN where there are no outputs], in one pass; raises ValueError where it is NaN."""
-        evaluation = self.evaluation
-        if not isinstance(evaluation, PerSample):
-            score, sqnr = sim.evaluate(evaluation), math.nan
-        else:
-            rows, noise = [], []
-            with sim.evaluating():
-                for number, batch in enumerate(evaluation.batches):
-                    progress.step(0, 1, f"score, batch {number}")
-                    output = sim.output(batch)
-                    rows.append(evaluation.tally(sim, number, batch, output))
-                    if float_tensors(output) and self._sqnr is not None:
-                        noise.append(self._sqnr.tally(sim, number, batch, output))
-            score = evaluation.of_tallies(torch.cat(rows))
-            sqnr = float(self._sqnr.of_tallies(torch.cat(noise))) if noise and self._sqnr is not None else math.nan
-        if math.isnan(score):
-            raise ValueError(f"the score ({evaluation.name}) is NaN")
-        return score, sqnr
+    # Records and progress ---------------------------------------------------------------------------------------------
 
     def _scored(
-        self, record: StageRecord, score: Measurement, sqnr: float | None, started: float, verdict: str, reason: str
+        self, record: StageRecord, score: Measurement, sqnr: float, started: float, verdict: str, reason: str
     ) -> StageRecord:
         low, high = score.interval or (math.nan, math.nan)
-        above = next((r.score for r in self.records if r.stage == record.parent), math.nan)
+        above = next((known.score for known in self.records if known.stage == record.parent), math.nan)
         return replace(
             record,
             score=float(score),
             low=low,
             high=high,
             gain=float(score) - above,
-            sqnr=math.nan if sqnr is None else sqnr,
-            seconds=_since(started),
+            sqnr=sqnr,
+            seconds=time.perf_counter() - started,
             verdict=verdict,
             reason=reason,
         )
@@ -513,15 +388,14 @@ class AutoQuantRun:
         publish(self.progress, replace(record, steering=self.steering))
         return record
 
-    def _has_time(self) -> bool:
+    def _require_time(self, name: str) -> None:
+        """Raises _OutOfTime where the budget is spent; a first candidate is always found."""
         budget = self.settings.time_budget_s
-        return budget is None or not self.nodes or time.monotonic() - self.started < budget
+        if budget is not None and self.tree.best() is not None and time.perf_counter() - self._started >= budget:
+            raise _OutOfTime(name)
 
-    def _stage_progress(self, *names: str) -> "_StageProgress":
+    def _progress(self, *names: str) -> "_StageProgress":
         return _StageProgress(self, names)
-
-    def _quantizers(self) -> list[Quantizer]:
-        return [q for q in self.sim.quantizers.values() if isinstance(q, Quantizer)]
 
 
 class _StageProgress:
@@ -531,62 +405,54 @@ class _StageProgress:
         self._run, self._names = run, names
 
     def step(self, done: int, total: int, text: str = "") -> None:
-        run = self._run
+        """Report; raise where the stage, or everything, is to end."""
+        run, name = self._run, self._names[0]
         if run.steering.is_vetoed(*self._names):
-            raise _Vetoed(self._names[0])
-        if not run._has_time():
-            raise _OutOfTime(self._names[0])
-        part = done / total if total else 0.0
-        at = min(len(run.records) + part, run.total)
-        run.progress.step(round(100 * at), 100 * run.total, f"{self._names[0]}: {text}" if text else self._names[0])
+            raise _Vetoed(name)
+        run._require_time(name)
+        reached = min(len(run.records) + (min(done / total, 1.0) if total else 0.0), run.total)
+        try:
+            run.progress.step(round(100 * reached), 100 * run.total, f"{name}: {text}" if text else name)
+        except Cancelled:
+            raise
+        except Exception as error:
+            raise _BrokenProgress(error) from error
 
     def publish(self, record: object) -> None:
+        """Pass an intermediate result on."""
         publish(self._run.progress, record)
 
 
-class _NothingToDo(Exception):
-    """A technique found nothing to change."""
+def _default(kind: type[Technique], sim: QuantSim) -> Technique:
+    """A technique that was only named: mixed precision then keeps the size that the weights have."""
+    if not issubclass(kind, MixedPrecision):
+        return kind()
+    weights = [q for q in sim.quantizers.values() if isinstance(q, WeightQuantizer) and q.enabled]
+    numbers = sum(q.weight.numel() for q in weights)
+    if not numbers:
+        return kind()
+    mean = sum(q.bits * q.weight.numel() for q in weights) / numbers
+    near = range(max(2, math.floor(mean) - 2), min(16, math.ceil(mean) + 4) + 1)
+    return kind(bits=tuple(near), budget=mean)
 
 
-_KEPT = ("stage", "parent", "technique", "score", "low", "high", "gain", "sqnr", "seconds", "verdict", "reason")
+def _is_rounding(technique: Technique) -> bool:
+    """Whether a technique is tried on the finalists: all but those with a place of their own."""
+    return not isinstance(technique, (BatchNormFolding, CrossLayerEqualization, MixedPrecision, QAT))
 
 
-def _rounds(kind: type[Technique]) -> bool:
-    """Whether a technique belongs on the finalists: all but those with a place of their own."""
-    if issubclass(kind, (BatchNormFolding, CrossLayerEqualization, MixedPrecision)):
-        return False
-    return kind.__name__ != "QAT"
+def _name(technique: Technique) -> str:
+    return type(technique).__name__
 
 
-def _rank(record: StageRecord) -> tuple[float, float]:
-    """Score first, then SQNR; what is unknown comes last."""
-    return tuple(-math.inf if math.isnan(value) else value for value in (record.score, record.sqnr))  # type: ignore[return-value]
+def _with_score(stage: Stage) -> str:
+    return f"{stage.record.stage!r} ({stage.record.score:.4g})"
 
 
-def _share(like: float) -> Callable[[float], str]:
-    return (lambda value: f"{value:.2%}") if 0 <= like <= 1 else (lambda value: f"{value:.4g}")
+def _numbers(record: StageRecord) -> dict[str, object]:
+    """A record as a row."""
+    return {name: value for name, value in vars(record).items() if name != "steering"}
 
 
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _since(started: float) -> float:
-    return time.perf_counter() - started
-
-
-def set_rules(sim: QuantSim, weights: str, outputs: str) -> int:
-    """Changes `sim`: the range rules of all quantizers that follow one; returns how many changed."""
-    changed = 0
-    for quantizer in sim.quantizers.values():
-        rule = RangeRule.of(weights if isinstance(quantizer, WeightQuantizer) else outputs)
-        held = quantizer.frozen or not quantizer.enabled or quantizer.spec.known_range is not None  # type: ignore[union-attr]
-        if not held and quantizer.rule != rule:
-            quantizer.rule = rule  # type: ignore[union-attr]
-            changed += 1
-    return changed
-
-
-def is_reached(score: float, target: float | None) -> bool:
-    """Whether a score is at the target; False for NaN and without a target."""
-    return target is not None and not math.isnan(score) and score >= target

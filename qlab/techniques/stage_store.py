@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.errors import InputError
+from qlab.quantization import Quantizer, WeightQuantizer
 from qlab.sim import QuantSim
 from qlab.sim.evaluate import Evaluation, Score
 from qlab.sim.files import load_state
@@ -74,10 +75,12 @@ def key_of(*parts: str) -> str:
 
 
 def fingerprint(sim: QuantSim, data: Iterable[Any], evaluation: Evaluation) -> str:
-    """A checksum of where AutoQuant starts: weights, quantizers, calibration data and the score with its data."""
+    """A checksum of where AutoQuant starts: weights, quantizers, all data and the score with its own."""
     digest = hashlib.sha256()
     for name, quantizer in sim.quantizers.items():
-        digest.update(f"{name} {quantizer.spec} {quantizer.enabled} {quantizer.frozen}".encode())  # type: ignore[union-attr]
+        assert isinstance(quantizer, Quantizer)
+        digest.update(f"{name} {quantizer.spec} {quantizer.enabled} {quantizer.frozen}".encode())
+        _add(digest, quantizer.rounding if isinstance(quantizer, WeightQuantizer) else None)
     digest.update(repr(sim.graph.edits).encode())
     _add(digest, [*sim.state_dict().items()])
     for batch in data:
@@ -85,7 +88,8 @@ def fingerprint(sim: QuantSim, data: Iterable[Any], evaluation: Evaluation) -> s
     digest.update(f"{type(evaluation).__name__} {evaluation.name}".encode())
     if isinstance(evaluation, Score):
         code = getattr(evaluation.function, "__code__", None)
-        digest.update(b"" if code is None else code.co_code + repr(code.co_consts).encode())
+        constants = [c for c in code.co_consts if isinstance(c, (int, float, str))] if code is not None else []
+        digest.update(b"" if code is None else code.co_code + repr(constants).encode())
     for batch in evaluation.batches or ():
         _add(digest, batch)
     return digest.hexdigest()
