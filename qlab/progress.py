@@ -55,7 +55,10 @@ class Cancellable:
 
 
 class Bar:
-    """A tqdm bar (a widget in Jupyter, a line in a terminal) as a progress; a context manager that closes it."""
+    """A tqdm bar (a widget in Jupyter, a line in a terminal) as a progress; a context manager that closes it.
+
+    Work that takes less than half a second shows none.
+    """
 
     def __init__(self, title: str = "") -> None:
         self.title = title
@@ -66,7 +69,7 @@ class Bar:
         from tqdm.auto import tqdm  # a slow import, needed only when a bar is shown
 
         if self._bar is None:
-            self._bar = tqdm(total=total, desc=self.title, leave=False)
+            self._bar = tqdm(total=total, desc=self.title, leave=False, delay=0.5)
         self._bar.total = total
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(done - self._bar.n)

@@ -277,10 +277,13 @@ class Job:
 
 
 class Worker:
-    """Runs one job at a time, in the order given, in a daemon thread that lives as long as there is work."""
+    """Runs one job at a time, in the order given, in a daemon thread that lives as long as there is work.
 
-    def __init__(self, lock: EngineLock) -> None:
-        self._lock = lock
+    lock: held by jobs that change what they work on.
+    """
+
+    def __init__(self) -> None:
+        self.lock = EngineLock()
         self._queue: deque[Job] = deque()
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -331,7 +334,7 @@ class Worker:
                     return
                 self.current = self._queue.popleft()
             try:
-                self.current._run(self._lock)
+                self.current._run(self.lock)
             except Exception:  # noqa: BLE001  a strict callback's: shown as any thread's, and the next job runs
                 threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
             finally:
@@ -339,11 +342,17 @@ class Worker:
                     self.current = None
 
 
+def worker_of(owner: Any) -> Worker:
+    """The one worker of `owner`, a sim, whatever the number of labs on it."""
+    return _OWNED.setdefault(owner, Worker())
+
+
 def _over(job: Job) -> Any:
     raise Busy(f"{job.title!r} is over; start it again.")
 
 
 _WORKERS: "weakref.WeakSet[Worker]" = weakref.WeakSet()
+_OWNED: "weakref.WeakKeyDictionary[Any, Worker]" = weakref.WeakKeyDictionary()
 
 
 @atexit.register

@@ -17,7 +17,7 @@ from qlab.lab.code import plain
 from qlab.lab.events import LabEvents
 from qlab.lab.given import Given
 from qlab.lab.histogram import HistogramData, error_curve, histogram_of
-from qlab.lab.jobs import EngineLock, Job, Worker
+from qlab.lab.jobs import Job, worker_of
 from qlab.lab.journal import Configure, Edit, Set, SetRange, quantizer_of
 from qlab.lab.measuring import Measuring
 from qlab.lab.rows import LayerRow, differences, size_bytes, table
@@ -36,7 +36,8 @@ class Lab:
     sim: changed in place by the verbs; calibrated with `batches` if it is not. batches: any iterable of inputs, what
     techniques work on. score: an Evaluation or a function of a model, measured on all its data. probe_batches: how
     many of the batches give true values after an edit. max_bytes: budget for values remembered on them.
-    max_history_bytes: budget for weights remembered to undo techniques.
+    max_history_bytes: budget for weights remembered to undo techniques. script_path: a file that is kept equal to
+    `script()` after every step, so that a kernel that died can be brought back to where it was.
 
     `lab.sim[...]` may be changed directly as well: the next verb, or `refresh`, notices and journals it.
     `lab.events`: the signals, see LabEvents. `lab.live`: measure in the background after every change; views switch it
@@ -51,8 +52,11 @@ class Lab:
         probe_batches: int = 2,
         max_bytes: int = 1 << 30,
         max_history_bytes: int = 1 << 30,
+        script_path: str | Path | None = None,
     ) -> None:
         self.sim = sim
+        self._worker = worker_of(sim)
+        self._refuse_when_busy()
         self._given = Given(batches, score)
         self.batches = self._given.batches
         self.score = self._given.evaluation
@@ -66,13 +70,14 @@ class Lab:
         if not probe:
             raise InputError("a Lab needs at least one batch to look at; the iterable was empty.")
         self._beginning = beginning_of(sim, self._given.known)
-        self._lock = EngineLock()
+        self._lock = self._worker.lock
         board = Scoreboard(sim, probe, self.score, self._lock, max_bytes)
         self._state = LabState(sim, board, self._lock, max_history_bytes, self._given.known)
-        self._worker = Worker(self._lock)
         self._measure = Measuring(self._state, self.events)
         self._measuring: Job | None = None
         self._dashboard: Any = None
+        self._script_path = None if script_path is None else Path(script_path)
+        self._keep_script()
 
     # Edits: immediate -------------------------------------------------------------------------------------------------
 
@@ -349,11 +354,18 @@ class Lab:
 
     def _announce(self, edited: tuple[str, ...]) -> None:
         """Tells everybody; the lock is free."""
+        self._keep_script()
         self.events.send("edited", edited)
         self.events.send("history_changed")
         self.events.send("scores", self.known_scores)
         if self.live and self._state.missing and not self.sim.training:  # evaluating would end a training in progress
             self.measure()
+
+    def _keep_script(self) -> None:
+        if self._script_path is not None:
+            beside = self._script_path.with_name(f".{self._script_path.name}.part")
+            beside.write_text(script_of(self._beginning, self._state.history.actions), encoding="utf-8")
+            beside.replace(self._script_path)
 
     def _announce_all(self) -> None:
         self._announce(self._state.rows.names)

@@ -66,7 +66,7 @@ class Watch:
             return self._told(states, entries), list(states)
         if self.weights_changed:
             return Foreign("weights were changed in a cell"), list(states)
-        touched = [name for name in self.changed if not _same(states[name], _quantizer(self._sim, name).state())]
+        touched = [name for name in self.changed if not same_state(states[name], _quantizer(self._sim, name).state())]
         if not touched:
             return None
         edits: list[Edit] = []
@@ -127,7 +127,7 @@ def _edits(sim: QuantSim, name: str, before: QuantizerState) -> list[Edit] | Non
             quantizer.set_state(before)
             for edit in attempt:
                 edit.perform(sim)
-            if _same(now, quantizer.state()):
+            if same_state(now, quantizer.state()):
                 return list(attempt)
     finally:
         quantizer.set_state(now)
@@ -142,7 +142,7 @@ def _settings(state: QuantizerState) -> dict[str, Any]:
     return {key: getattr(state.spec if key in QuantSpec.__dataclass_fields__ else state, key) for key in SETTINGS}
 
 
-def _same(a: QuantizerState, b: QuantizerState) -> bool:
+def same_state(a: QuantizerState, b: QuantizerState) -> bool:
     """Whether two states compute the same."""
     return (
         (a.spec, a.enabled, a.frozen) == (b.spec, b.enabled, b.frozen)

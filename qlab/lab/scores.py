@@ -8,6 +8,7 @@ import html as _html
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import pandas as pd
@@ -174,7 +175,13 @@ class Scoreboard:
         """The same sim, each layer computed by `call`, which can be interrupted between layers while it is scored."""
         twin = QuantSim.__new__(QuantSim)
         twin.__dict__.update(self._sim.__dict__)
-        twin.__dict__["call"] = self._interruptible(call, job)
+        batches, done = getattr(self.score, "batches", None), count()
+
+        def output(batch: Any) -> Any:
+            job.step(next(done), 0 if batches is None else len(batches), "all data")
+            return QuantSim.output(twin, batch)
+
+        twin.__dict__.update(call=self._interruptible(call, job), output=output)
         return twin
 
     def _interruptible(self, call: Call, job: Job) -> Call:

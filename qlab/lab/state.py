@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from qlab.lab.history import History
 from qlab.lab.jobs import EngineLock
 from qlab.lab.journal import Action, Edit
-from qlab.lab.noticing import Watch
+from qlab.lab.noticing import Watch, same_state
 from qlab.lab.rows import LayerRow, Rows, size_bytes
 from qlab.lab.scores import Scoreboard
 from qlab.quantization import Quantizer
@@ -34,7 +34,10 @@ class LabState:
         self.history = History(sim, self._all_rows(), size_bytes(sim), max_history_bytes)
 
     def edit(self, edit: Edit) -> tuple[str, ...]:
-        """Performs an edit as one step, or changes nothing; returns the layers whose rows changed."""
+        """Performs an edit as one step, or changes nothing; returns the layers whose rows changed.
+
+        An edit that asks for what is already so is no step.
+        """
         quantizers = edit.targets(self.sim)
         before = [(quantizer, quantizer.state()) for quantizer in quantizers]
         try:
@@ -46,6 +49,9 @@ class LabState:
                 quantizer.set_state(state)
             self.watch.look()
             raise
+        if all(same_state(state, quantizer.state()) for quantizer, state in before):
+            self.watch.look()
+            return ()
         self._add(edit, self.watch.names_of(quantizers), rows)
         return edited
 

@@ -13,7 +13,7 @@ import qlab
 from qlab.errors import Busy, Cancelled
 from qlab.lab import Job, JobState
 from qlab.lab.events import LabEvents
-from qlab.lab.jobs import EngineLock, Worker
+from qlab.lab.jobs import Worker
 from tests.lab.conftest import differing, state_of
 
 
@@ -24,7 +24,7 @@ def events() -> LabEvents:
 
 @pytest.fixture
 def worker() -> Worker:
-    return Worker(EngineLock())
+    return Worker()
 
 
 def endless(began: threading.Event) -> Callable[[Job], None]:

@@ -3,6 +3,8 @@
 import copy
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import qlab
-from qlab.errors import InputError, SpecError, UnknownLayer
+from qlab.errors import Busy, InputError, SpecError, UnknownLayer
 from qlab.techniques import Technique
 from tests.lab.conftest import differing, state_of
 
@@ -223,3 +225,42 @@ def test_a_lab_goes_on_with_the_sim_that_a_technique_found(lab: qlab.Lab, batche
     assert differing(before, state_of(lab.sim)) == []
     lab.redo()
     assert differing(state_of(result.sim), state_of(lab.sim)) == []
+
+
+def test_an_edit_that_changes_nothing_is_no_step(lab: qlab.Lab) -> None:
+    lab.set("fc", "weight", bits=8)
+    lab.configure("*", output={"enabled": True})
+    assert lab.step == 0
+    lab.set_range("fc", "output", -1, 1)
+    lab.set_range("fc", "output", -1, 1)
+    assert lab.step == 1
+
+
+def test_the_script_is_kept_in_a_file_after_every_step(sim: qlab.QuantSim, batches: list[Tensor], tmp_path) -> None:
+    path = tmp_path / "script.py"
+    lab = qlab.Lab(sim, batches, script_path=path)
+    assert path.read_text() == lab.script()
+    lab.set("fc", "weight", bits=4)
+    assert "bits=4" in path.read_text()
+    lab.run(qlab.BatchNormFolding())
+    assert path.read_text().endswith("qlab.BatchNormFolding().apply(sim, batches)\n")
+    lab.go_to(0)
+    assert path.read_text() == lab.script()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_labs_on_one_sim_know_of_each_other(lab: qlab.Lab, batches: list[Tensor], nudge) -> None:
+    other = qlab.Lab(lab.sim, batches)
+    lab.set("fc", "weight", bits=4)
+    other.refresh()
+    assert list(other.history["action"]) == ["start", "fc weight bits 4"]
+    began = threading.Event()
+    job = lab.start(nudge(steps=10**6, at_step=lambda step: (began.set(), time.sleep(0.001))))
+    began.wait(5)
+    with pytest.raises(Busy, match="_Nudge is changing the sim"):
+        other.set("fc", "weight", bits=3)
+    with pytest.raises(Busy):
+        qlab.Lab(lab.sim, batches)
+    job.cancel()
+    with pytest.raises(qlab.errors.Cancelled):
+        job.result(timeout_s=5)
