@@ -145,6 +145,7 @@ def _describe(state: QuantizerState, key: str, tensors: dict[str, Tensor]) -> di
         "enabled": state.enabled,
         "frozen": state.frozen,
         "fitted": state.fitted,
+        "by_rounding": list(state.by_rounding),
     }
     if state.encoding is not None:
         encoding = state.encoding
@@ -176,6 +177,7 @@ def _restore(found: dict[str, Any], key: str, tensors: dict[str, Tensor]) -> Qua
         found["fitted"],
         tensors.get(f"{key}.codes"),
         tensors.get(f"{key}.bias_correction"),
+        by_rounding=tuple(found.get("by_rounding", (False, False))),  # type: ignore[arg-type]
     )
 
 
