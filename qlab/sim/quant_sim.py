@@ -5,7 +5,7 @@ Nothing is rewritten, so nothing has to be swapped back; switched off, it comput
 """
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ from qlab.sim.presets import Preset, w8a8
 if TYPE_CHECKING:
     import pandas as pd
 
+    from qlab.export.export import Exported
+    from qlab.export.loading import LoadedEncodings
     from qlab.sim.evaluate import Evaluation, Measurement
 
 
@@ -370,6 +372,44 @@ class QuantSim(nn.Module):
         from qlab.sim.files import save
 
         save(self, path)
+
+    def export(
+        self,
+        path: Any,
+        encodings: str = "1.0.0",
+        weights: str = "float",
+        formats: Sequence[str] = ("onnx", "encodings", "safetensors"),
+        progress: Progress | None = None,
+    ) -> "Exported":
+        """Writes `path`.onnx and others for a target; on an error no file is new and none is lost. Returns the files.
+
+        formats: 'onnx' writes path.onnx, with QuantizeLinear and DequantizeLinear, and path.float.onnx; 'encodings'
+        path.encodings in AIMET's schema `encodings` ('0.6.1', '1.0.0' or '2.0.0'); 'safetensors' the updated weights
+        under the model's own parameter names; 'program' path.pt2, a torch.export program. Tensors are called as layers
+        are, in all of them. weights: 'float' (quantized on loading) or 'integer' (smaller) in path.onnx. Updated means
+        that rounding each weight to nearest gives the integers a technique chose, and that biases are corrected.
+        """
+        from qlab.export.export import export
+
+        return export(self, path, encodings, weights, formats, progress)
+
+    def load_encodings(
+        self,
+        path: Any,
+        strict: bool = True,
+        partial: bool = True,
+        freeze: bool = False,
+        names: Mapping[str, str] | None = None,
+    ) -> "LoadedEncodings":
+        """Changes the sim: its grids become those of an encodings file of AIMET or qlab, or none does. Says which.
+
+        strict: an entry that has no place in the sim is an error, with the nearest names; else it is listed. partial:
+        quantizers that the file says nothing of stay as they are; False switches them off. freeze: the grids stay when
+        new data or a new weight is seen. names: layer or parameter names by the file's, where they cannot be guessed.
+        """
+        from qlab.export.loading import load_encodings
+
+        return load_encodings(self, path, strict, partial, freeze, names)
 
     # nn.Module --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,75 @@
+"""ONNX operator names and the kinds of layers they stand for: how files made elsewhere speak of a model's steps."""
+
+ONNX_KINDS: dict[str, tuple[str, ...]] = {
+    "Conv": ("conv", "depthwise_conv"),
+    "ConvTranspose": ("conv_transpose",),
+    "Gemm": ("linear",),
+    "MatMul": ("matmul", "linear"),
+    "Gather": ("embedding", "slice"),
+    "Embedding": ("embedding",),
+    "BatchNormalization": ("batch_norm",),
+    "LayerNormalization": ("layer_norm",),
+    "GroupNormalization": ("group_norm",),
+    "InstanceNormalization": ("instance_norm",),
+    "RMSNormalization": ("rms_norm",),
+    "Relu": ("relu",),
+    "Clip": ("clip", "relu6"),
+    "LeakyRelu": ("leaky_relu",),
+    "PRelu": ("prelu",),
+    "Elu": ("elu",),
+    "Gelu": ("gelu",),
+    "Mish": ("mish",),
+    "Sigmoid": ("sigmoid",),
+    "HardSigmoid": ("hardsigmoid",),
+    "HardSwish": ("hardswish",),
+    "Swish": ("silu",),
+    "Tanh": ("tanh",),
+    "Softmax": ("softmax",),
+    "MaxPool": ("max_pool",),
+    "GlobalMaxPool": ("max_pool",),
+    "AveragePool": ("avg_pool",),
+    "GlobalAveragePool": ("avg_pool", "mean"),
+    "ReduceMean": ("mean", "avg_pool"),
+    "ReduceMax": ("max",),
+    "ReduceMin": ("max",),
+    "ReduceSum": ("sum",),
+    "Add": ("add", "linear"),
+    "Sub": ("sub",),
+    "Mul": ("mul",),
+    "Div": ("div",),
+    "Pow": ("pow",),
+    "Sqrt": ("sqrt",),
+    "Erf": ("erf",),
+    "Exp": ("exp",),
+    "Concat": ("cat",),
+    "Reshape": ("reshape",),
+    "Flatten": ("reshape",),
+    "Squeeze": ("reshape",),
+    "Unsqueeze": ("reshape",),
+    "DepthToSpace": ("reshape",),
+    "Transpose": ("transpose",),
+    "Slice": ("slice",),
+    "Split": ("split", "getitem"),
+    "Expand": ("expand",),
+    "Tile": ("expand",),
+    "Pad": ("zero_pad",),
+    "Resize": ("interpolate", "upsample_nearest"),
+    "Upsample": ("interpolate", "upsample_nearest"),
+    "Where": ("mask",),
+    "Cast": ("cast",),
+    "Identity": ("identity",),
+    "Dropout": ("dropout",),
+    "LSTM": ("lstm",),
+    "GRU": ("gru",),
+    "RNN": ("rnn",),
+}
+"""Operator to the kinds that exporters write as it; see `qlab.graph.kinds`."""
+
+
+def kinds_of(operator: str) -> tuple[str, ...]:
+    """The kinds that an ONNX operator stands for; one not listed is taken to be called as PyTorch's.
+
+    >>> kinds_of("Conv"), kinds_of("Sin")
+    (('conv', 'depthwise_conv'), ('sin',))
+    """
+    return ONNX_KINDS.get(operator, (operator.lower(),))
