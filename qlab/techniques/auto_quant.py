@@ -1,7 +1,7 @@
 """AutoQuant: tries what helps, in the order that experience suggests, and keeps the best with every step in view."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -126,7 +126,11 @@ class AutoQuant(Technique):
         )
         result = run.result()
         if self.save_dir is not None:
-            result.save(self.save_dir)
+            try:
+                result.save(self.save_dir)
+            except Exception as error:  # noqa: BLE001  the note shows it, and the result is not lost
+                told = f"not everything could be saved in {self.save_dir}: {type(error).__name__}: {error}"
+                result = replace(result, notes=(*result.notes, told))
         return result
 
     def _resolved(self, has_labels: bool) -> list[Technique | type[Technique]]:

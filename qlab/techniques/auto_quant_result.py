@@ -64,20 +64,21 @@ class AutoQuantResult(Report):
         return decision_tree(self.stages, score_name=self.score_name, target=self.target)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes the model with its encodings and report.html into `folder`, made where it is missing.
+        """Writes the exported model with its encodings, sim.safetensors and report.html into `folder`.
 
         Everything is written beside first and then renamed into place, file by file. Raises InputError where the folder
-        cannot be written or there is no sim to save.
+        cannot be written or there is no sim to save, and what the export raises, once the rest is saved.
         """
         sim, target = self._found(), require_writable(folder)
         beside = Path(tempfile.mkdtemp(dir=target, prefix=".", suffix=".part"))
         try:
-            sim.save(beside / "model.safetensors")
-            if (export := getattr(sim, "export", None)) is not None:
-                export(beside / "model")
+            sim.save(beside / "sim.safetensors")
             self._write_report(beside / "report.html")
-            for file in sorted(beside.iterdir()):
-                file.replace(target / file.name)
+            try:
+                sim.export(beside / "model")
+            finally:  # what cannot be exported can still be loaded and read about
+                for file in sorted(beside.iterdir()):
+                    file.replace(target / file.name)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         return target

@@ -85,7 +85,7 @@ class AutoQuantRun:
         self.notes: list[str] = []
         self.target: float | None = None
         self.float_score = math.nan
-        self.total = self._planned()
+        self.total, self.reached = self._planned(), 0
         self._started = time.perf_counter()
 
     def result(self) -> AutoQuantResult:
@@ -112,7 +112,6 @@ class AutoQuantRun:
         self._set_target()
         given = self._as_given()
         self._weights_in_float(given)
-        self._stop_if_done()
         base = self._apply("BatchNormFolding", given, BatchNormFolding()) or given
         self._try_rules(base)
         for technique in self._each(CrossLayerEqualization):
@@ -411,8 +410,9 @@ class _StageProgress:
             raise _Vetoed(name)
         run._require_time(name)
         reached = min(len(run.records) + (min(done / total, 1.0) if total else 0.0), run.total)
+        run.reached = max(run.reached, round(100 * reached))  # a stage has several parts that each begin at 0
         try:
-            run.progress.step(round(100 * reached), 100 * run.total, f"{name}: {text}" if text else name)
+            run.progress.step(run.reached, 100 * run.total, f"{name}: {text}" if text else name)
         except Cancelled:
             raise
         except Exception as error:

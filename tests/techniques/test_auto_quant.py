@@ -1,0 +1,413 @@
+"""AutoQuant: the best of what was tried, every failure a verdict, nothing of the person's changed, nothing lost."""
+
+import copy
+import math
+import threading
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qlab
+from qlab.errors import Cancelled, InputError
+from qlab.settings import SettingError
+from qlab.techniques import StageRecord
+from tests.techniques.models import lived
+
+FEW = ("CrossLayerEqualization", "BiasCorrection")
+WORDS = {"reference", "target met", "effective", "discarded", "failed", "vetoed", "forced"}
+
+
+def network() -> nn.Module:
+    """Two pairs that can be equalized and need it: channels differ by three orders of magnitude."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(),
+        nn.Conv2d(16, 12, 1), nn.ReLU(), nn.Flatten(), nn.Linear(192, 4, bias=False),
+    )  # fmt: skip
+    return qlab.examples.rescale(lived(model), (0.03, 30.0))
+
+
+def data(count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(16, 2, 8, 8, generator=generator) for _ in range(count)]
+
+
+def quantized(preset: str = "w4a8") -> qlab.QuantSim:
+    sim = qlab.QuantSim(network(), data()[0], getattr(qlab.presets, preset)())
+    sim.calibrate(data())
+    return sim
+
+
+@pytest.fixture(scope="module")
+def sim() -> qlab.QuantSim:
+    return quantized()
+
+
+class Listening:
+    """A progress that keeps what is published and calls `at(text)` at each step."""
+
+    def __init__(self, at=lambda text: None) -> None:
+        self.records: list[StageRecord] = []
+        self.steps: list[tuple[int, int]] = []
+        self._at = at
+
+    def step(self, done: int, total: int, text: str = "") -> None:
+        self.steps.append((done, total))
+        self._at(text)
+
+    def publish(self, record: object) -> None:
+        if isinstance(record, StageRecord):
+            self.records.append(record)
+
+
+def auto(**settings) -> qlab.AutoQuant:
+    return qlab.AutoQuant(**{"techniques": FEW, **settings})
+
+
+def verdicts(result) -> dict[str, str]:
+    return dict(zip(result.stages.stage, result.stages.verdict, strict=True))
+
+
+# What it finds ----------------------------------------------------------------------------------------------------
+
+
+def test_the_best_stage_is_the_result_and_its_score_is_true(sim):
+    judge, before = qlab.SQNR(data()), sim.output(data()[0]).clone()
+    result = auto().apply(sim, data(), score=judge)
+    stages = result.stages
+    scored = stages[stages.verdict != "reference"]
+    assert result.best.score == pytest.approx(scored.score.max())
+    assert float(result.sim.evaluate(judge)) == pytest.approx(result.best.score)
+    assert result.best.score > float(sim.evaluate(judge)) + 6  # dB: equalization is worth a bit and more here
+    assert torch.equal(sim.output(data()[0]), before)
+    assert result.sim is not sim
+    assert set(stages.verdict) <= WORDS
+    assert stages.parent.dropna().isin(stages.stage).all()
+    assert stages.stage.is_unique
+
+
+def test_it_is_at_least_as_good_as_each_technique_alone(sim):
+    judge = qlab.SQNR(data())
+    best = auto().apply(sim, data(), score=judge).best.score
+    for technique in (qlab.BatchNormFolding(), qlab.CrossLayerEqualization(), qlab.BiasCorrection()):
+        alone = copy.deepcopy(sim)
+        technique.apply(alone, data())
+        assert best >= float(alone.evaluate(judge)) - 1e-6
+
+
+def test_gains_are_against_the_parent_and_intervals_hold_the_score(sim):
+    stages = auto().apply(sim, data(), score=qlab.SQNR(data())).stages.set_index("stage")
+    for stage, row in stages.iterrows():
+        if row.parent is not None and stage != "BatchNormFolding":
+            assert row.gain == pytest.approx(row.score - stages.score[row.parent])
+        if math.isfinite(row.low):
+            assert row.low <= row.score <= row.high
+    assert stages.is_best[["as given", "CrossLayerEqualization"]].all()
+
+
+def test_it_stops_when_the_target_is_met_unless_asked_to_go_on():
+    sim = quantized("w8a16")
+    judge = qlab.Agreement(data())
+    first = auto(allowed_drop=1.0).apply(sim, data(), score=judge)
+    assert verdicts(first) == {"float": "reference", "as given": "target met"}
+    assert first.is_target_met
+    whole = auto(allowed_drop=1.0, stop_at_target=False).apply(sim, data(), score=judge)
+    assert len(whole.stages) > 8
+
+
+def test_equal_scores_are_told_apart_by_sqnr(sim):
+    class Blind(qlab.Agreement):
+        def tally(self, sim, number, batch, output):
+            return torch.ones(len(output), 2, dtype=torch.float64)
+
+    result = auto(target=1.0, stop_at_target=False).apply(sim, data(), score=Blind(data()))
+    assert result.best.sqnr == result.stages.sqnr.max()
+
+
+def test_mixed_precision_and_training_join_when_asked_for(sim):
+    labelled = [(x, torch.randint(0, 4, (16,))) for x in data()]
+    techniques = (*FEW, "MixedPrecision", qlab.QAT(epochs=1, learning_rate=1e-4))
+    result = auto(techniques=techniques).apply(sim, data(), score=qlab.SQNR(data()), labelled=labelled)
+    assert {"MixedPrecision", "QAT"} <= set(result.stages.stage)
+    size = sum(layer.weight.bits * layer.weight.weight.numel() for layer in result.sim.layers.values() if layer.weight)
+    given = sum(layer.weight.bits * layer.weight.weight.numel() for layer in sim.layers.values() if layer.weight)
+    assert size <= given  # only named, mixed precision keeps the size
+    named = auto().apply(sim, data(), score=qlab.SQNR(data()), labelled=labelled)
+    assert "QAT" in set(named.stages.stage)
+
+
+def test_a_model_is_captured_and_calibrated_first_and_never_changed():
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = auto().apply(model, data(), preset=qlab.presets.w4a8())
+    assert result.score_name == "agreement"
+    assert "not calibrated" in result.stages.set_index("stage").reason["as given"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(InputError, match="preset"):
+        auto().apply(result.sim, data(), preset=qlab.presets.w8a8())
+
+
+# What goes wrong ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["raises", "nan"])
+def test_a_score_that_fails_in_some_stages_marks_them_and_the_rest_goes_on(sim, bad):
+    judge, calls = qlab.SQNR(data()), []
+
+    def score(model) -> float:
+        calls.append(1)
+        if len(calls) in (5, 9):
+            if bad == "nan":
+                return math.nan
+            raise RuntimeError("the dataset is locked")
+        value = float(judge.of_model(model))
+        return min(value, 100.0)
+
+    result = auto().apply(sim, data(), score=score)
+    stages = result.stages
+    failed = stages[stages.verdict == "failed"]
+    assert len(failed) == 2
+    assert failed.reason.str.contains("locked" if bad == "raises" else "NaN").all()
+    assert result.best.verdict == "effective"
+    assert math.isfinite(result.best.score)
+    assert len(stages) > 9
+
+
+def test_a_score_that_fails_everywhere_but_in_float_still_gives_a_sim(sim):
+    calls = []
+
+    def score(model) -> float:
+        calls.append(1)
+        return 1.0 if len(calls) == 1 else math.nan
+
+    result = auto().apply(sim, data(), score=score)
+    assert result.best is None
+    assert "no stage could be scored" in result.summary
+    assert torch.equal(result.sim.output(data()[0]), sim.output(data()[0]))
+
+
+def test_a_score_that_fails_in_float_or_a_target_above_it_is_an_error(sim):
+    with pytest.raises(InputError, match=r"score \(broken\) failed on the float model: KeyError"):
+        auto().apply(sim, data(), score=qlab.Score(lambda model: {}["x"], "broken"))
+    with pytest.raises(InputError, match="NaN"):
+        auto().apply(sim, data(), score=lambda model: math.nan)
+    with pytest.raises(InputError, match="above the float model's own score"):
+        auto(target=1.5).apply(sim, data(), score=qlab.Agreement(data()))
+
+
+def test_no_data_and_folders_that_cannot_be_written_are_said_before_the_work(sim, tmp_path):
+    scored = []
+    (tmp_path / "file").write_text("")
+    for settings in ({"save_dir": str(tmp_path / "file" / "in")}, {"resume_dir": str(tmp_path / "file")}):
+        with pytest.raises(InputError, match="cannot write into"):
+            auto(**settings).apply(sim, data(), score=lambda model: scored.append(1) or 1.0)
+    for nothing in (None, []):
+        with pytest.raises(InputError, match="AutoQuant needs"):
+            auto().apply(sim, nothing)
+    with pytest.raises(SettingError, match=r"knows .*BiasCorrection.* got 'AdaRond'"):
+        auto(techniques="CrossLayerEqualization, AdaRond").apply(sim, data())
+    assert not scored
+
+
+def test_a_model_that_cannot_be_captured_gives_findings_and_no_traceback():
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    result = auto().apply(Branching(), [torch.randn(2, 3)])
+    assert result.sim is None
+    assert result.best is None
+    assert verdicts(result) == {"validate": "failed"}
+    assert "cannot be captured" in result.summary
+    assert "cannot be captured" in result._repr_html_()
+    with pytest.raises(InputError, match="found no sim"):
+        result.save("nowhere")
+
+
+# Steering -----------------------------------------------------------------------------------------------------------
+
+
+def test_vetoed_stages_do_not_run_and_forced_ones_are_part_of_the_result(sim):
+    steering = qlab.Steering(veto=["CrossLayerEqualization"], force=["sqnr / sqnr"])
+    result = auto(steering=steering).apply(sim, data(), score=qlab.SQNR(data()))
+    told = verdicts(result)
+    assert told["CrossLayerEqualization"] == "vetoed"
+    assert told["sqnr / sqnr"] == "forced"
+    assert "sqnr / sqnr" in result.lineage
+    assert not any("CLE" in stage for stage in told)
+    assert str(result.sim["0"].weight.rule) == "sqnr"
+
+
+def test_a_stage_is_vetoed_while_it_runs_and_after_it_ran(sim):
+    steering = qlab.Steering()
+
+    def at(text: str) -> None:
+        if text.startswith("BiasCorrection"):
+            thread = threading.Thread(target=steering.veto, args=("BiasCorrection",))
+            thread.start()
+            thread.join()
+        if text.startswith("CLE, sqnr"):
+            steering.veto("CrossLayerEqualization")
+
+    result = auto(steering=steering, finalists=1).apply(sim, data(), score=qlab.SQNR(data()), progress=Listening(at))
+    told = verdicts(result)
+    assert told["BiasCorrection"] == "vetoed"
+    assert told["CrossLayerEqualization"] == "vetoed"
+    assert told["CLE, mse / mse"] == "vetoed"
+    assert "CrossLayerEqualization" not in result.lineage
+    assert result.best.verdict != "vetoed"
+
+
+def test_each_stage_is_published_when_it_starts_and_when_it_ends(sim):
+    heard = Listening()
+    result = auto().apply(sim, data(), score=qlab.SQNR(data()), progress=heard)
+    for stage, verdict in verdicts(result).items():
+        if verdict == "reference":
+            continue
+        told = [record.verdict for record in heard.records if record.stage == stage]
+        assert told[0] == "running"
+        assert told[-1] == verdict
+    assert all(record.steering is not None for record in heard.records)
+    shares = [done / total for done, total in heard.steps]
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] < shares[-1] <= 1
+
+
+# Ending early and going on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Cancelled("stop"), KeyboardInterrupt()])
+def test_cancel_returns_the_best_so_far_or_raises_as_asked(sim, kind):
+    def at(text: str) -> None:
+        if text.startswith("CLE, mse / mse"):
+            raise kind
+
+    result = auto().apply(sim, data(), score=qlab.SQNR(data()), progress=Listening(at))
+    assert result.cancelled
+    assert result.best.stage in ("CrossLayerEqualization", "CLE, mse / min_max")
+    assert float(result.sim.evaluate(qlab.SQNR(data()))) == pytest.approx(result.best.score)
+    with pytest.raises(type(kind)):
+        auto(on_cancel="raise").apply(sim, data(), score=qlab.SQNR(data()), progress=Listening(at))
+
+
+def test_a_spent_time_budget_ends_with_what_there_is(sim):
+    def slow(model) -> float:
+        time.sleep(0.05)
+        return float(qlab.SQNR(data(1)).of_model(model)) if model.quantization_enabled else 99.0
+
+    result = auto(time_budget_s=0.01).apply(sim, data(), score=slow)
+    assert verdicts(result)["as given"] == "effective"
+    assert any("time budget" in note for note in result.notes)
+    assert len(result.stages) < 6
+
+
+class Counting(qlab.SQNR):
+    """Counts how often it was asked to score a whole state."""
+
+    calls = 0
+
+    def of_tallies(self, rows):
+        type(self).calls += 1
+        return super().of_tallies(rows)
+
+
+def test_an_interrupted_run_goes_on_from_disk_and_ends_as_an_unbroken_one(sim, tmp_path):
+    def at(text: str) -> None:
+        if text.startswith("BiasCorrection"):
+            raise Cancelled("stop")
+
+    whole = auto().apply(sim, data(), score=Counting(data()))
+    auto(resume_dir=str(tmp_path)).apply(sim, data(), score=Counting(data()), progress=Listening(at))
+    Counting.calls = 0
+    resumed = auto(resume_dir=str(tmp_path)).apply(sim, data(), score=Counting(data()))
+    assert Counting.calls <= 2 + 2  # float, weights in float, and the finalists' bias correction
+    assert verdicts(resumed) == verdicts(whole)
+    assert resumed.best.stage == whole.best.stage
+    assert torch.equal(resumed.sim.output(data()[0]), whole.sim.output(data()[0]))
+    assert len(resumed.sim.log) == len(whole.sim.log)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_damaged_files_are_computed_again(sim, tmp_path, suffix):
+    settings = {"resume_dir": str(tmp_path)}
+    first = auto(**settings).apply(sim, data(), score=qlab.SQNR(data()))
+    files = sorted(tmp_path.glob(f"*.{suffix}"))
+    assert files
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(content[: -len(content) // 4])
+    again = auto(**settings).apply(sim, data(), score=qlab.SQNR(data()))
+    assert verdicts(again) == verdicts(first)
+    assert torch.equal(again.sim.output(data()[0]), first.sim.output(data()[0]))
+
+
+def test_other_data_or_settings_do_not_take_each_others_stages(sim, tmp_path):
+    auto(resume_dir=str(tmp_path)).apply(sim, data(), score=Counting(data()))
+    Counting.calls = 0
+    other = auto(resume_dir=str(tmp_path)).apply(sim, data(2), score=Counting(data()))
+    assert Counting.calls >= len(other.stages) - 3
+
+
+# Leaving with it ----------------------------------------------------------------------------------------------------
+
+
+def test_the_result_is_saved_whole_with_one_report(sim, tmp_path):
+    target = tmp_path / "new" / "folder"
+    result = auto(save_dir=str(target)).apply(sim, data(), score=qlab.SQNR(data()))
+    loaded = qlab.load(target / "sim.safetensors", network(), data()[0])
+    assert torch.equal(loaded.output(data()[0]), result.sim.output(data()[0]))
+    assert {"model.onnx", "model.encodings"} <= {file.name for file in target.iterdir()}
+    page = (target / "report.html").read_text()
+    assert "CrossLayerEqualization" in page
+    assert not [file for file in target.iterdir() if file.name.startswith(".")]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write into"):
+        result.save(tmp_path / "file")
+
+
+def test_the_result_shows_itself_and_can_be_adopted(sim):
+    result = auto().apply(sim, data(), score=qlab.SQNR(data()))
+    assert "CrossLayerEqualization" in repr(result)
+    shown = result._repr_html_()
+    assert "<table" in shown
+    assert "<img" in shown
+    twin = copy.deepcopy(sim)
+    result.adopt(twin)
+    assert torch.equal(twin.output(data()[0]), result.sim.output(data()[0]))
+    lab = qlab.Lab(copy.deepcopy(sim), data())
+    lab.run(result.adopt)
+    assert torch.equal(lab.sim.output(data()[0]), result.sim.output(data()[0]))
+    lab.undo()
+    assert torch.equal(lab.sim.output(data()[0]), sim.output(data()[0]))
+
+
+# Reach --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_rescaled_mobilenet_at_8_bits_per_tensor_comes_within_half_a_point_of_float(fold):
+    digits = qlab.examples.digits()
+    model = qlab.examples.rescale(qlab.examples.mobilenet(), (0.03, 30.0), fold=fold)
+    score = qlab.Accuracy(digits.test)
+    result = auto(allowed_drop=0.005).apply(model, digits.calibration(4), score=score, preset=qlab.presets.w8a8())
+    assert result.is_target_met
+    assert float(result.sim.evaluate(score)) >= result.float_score - 0.005
+    assert result.stages.set_index("stage").score["as given"] < 0.9
+
+
+@pytest.mark.slow
+def test_the_rescaled_mobilenet_at_4_bits_per_tensor_is_no_worse_than_each_technique_alone():
+    digits = qlab.examples.digits()
+    calibration, score = digits.calibration(4), qlab.Accuracy(digits.test)
+    model = qlab.examples.rescale(qlab.examples.mobilenet(), (0.03, 30.0))
+    sim = qlab.QuantSim(model, calibration[0], qlab.presets.w4a8())
+    sim.calibrate(calibration)
+    result = auto(target=None, allowed_drop=0.0, stop_at_target=False).apply(sim, calibration, score=score)
+    for technique in (qlab.BatchNormFolding(), qlab.CrossLayerEqualization(), qlab.BiasCorrection()):
+        alone = copy.deepcopy(sim)
+        technique.apply(alone, calibration)
+        assert float(result.sim.evaluate(score)) >= float(alone.evaluate(score))
