@@ -22,6 +22,7 @@ from qlab.progress import Progress
 from qlab.techniques import Report
 
 REPORT_EVERY_S = 0.1
+TURN_S = 0.1  # how long a job that holds the lock waits for somebody to take it
 
 
 class JobState(enum.Enum):
@@ -71,10 +72,13 @@ class EngineLock:
             self._lock.acquire()
 
     def give_turn(self) -> None:
-        """Lets waiting threads in before going on; the caller holds the lock exactly once."""
-        if self._waiting:
+        """Lets a waiting thread in before going on; the caller holds the lock exactly once."""
+        waiting = self._waiting
+        if waiting:
             with self.released():
-                time.sleep(0.0005)  # a lock released and taken at once would be ours again
+                deadline = time.monotonic() + TURN_S
+                while self._waiting >= waiting and time.monotonic() < deadline:
+                    time.sleep(0.0002)  # a lock released and taken at once would be ours again
 
 
 class Job:

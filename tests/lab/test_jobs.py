@@ -252,12 +252,12 @@ def test_views_can_read_while_a_technique_runs(lab: qlab.Lab, nudge) -> None:
     began = threading.Event()
     job = lab.start(nudge(steps=10**6, at_step=lambda step: (began.set(), time.sleep(0.001))))
     began.wait(5)
-    asked = time.monotonic()
+    before = job.done
     assert len(lab.layers()) == 9
     assert lab.layer_row("fc").weight_bits == 8
     assert lab.histogram("fc").counts.sum() == 24
     assert lab.known_scores["sqnr"].quantized is None
-    assert time.monotonic() - asked < 2
+    assert job.done - before < 60  # each look waits for the next step or two, not for the end
     job.cancel()
     with pytest.raises(Cancelled):
         job.result(timeout_s=5)
