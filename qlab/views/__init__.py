@@ -15,6 +15,7 @@ from qlab.views.layer_table import LayerTable
 from qlab.views.layers import Layers
 from qlab.views.score import Score
 from qlab.views.selection_bar import SelectionBar
+from qlab.views.sensitivity import Sensitivity
 from qlab.views.settings_form import SettingsForm
 from qlab.views.tabs import TABS, tab
 from qlab.views.technique_form import TechniqueForm
@@ -37,6 +38,7 @@ __all__ = [
     "Score",
     "Script",
     "SelectionBar",
+    "Sensitivity",
     "SettingsForm",
     "TechniqueForm",
     "View",
