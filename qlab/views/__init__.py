@@ -6,6 +6,7 @@ A new view is one file, and one line here; `@tab(...)` on its class makes it a t
 from qlab.views.bokeh_pane import BokehPane
 from qlab.views.compare import Compare
 from qlab.views.dashboard import Dashboard
+from qlab.views.diagnosis import Diagnosis
 from qlab.views.graph_view import GraphView
 from qlab.views.histogram import Histogram
 from qlab.views.history import History, Past, Script
@@ -13,12 +14,14 @@ from qlab.views.job_panel import JobPanel
 from qlab.views.layer_grid import Column, LayerGrid
 from qlab.views.layer_table import LayerTable
 from qlab.views.layers import Layers
+from qlab.views.pareto import Pareto
 from qlab.views.score import Score
 from qlab.views.selection_bar import SelectionBar
 from qlab.views.sensitivity import Sensitivity
 from qlab.views.settings_form import SettingsForm
 from qlab.views.tabs import TABS, tab
 from qlab.views.technique_form import TechniqueForm
+from qlab.views.training import Training
 from qlab.views.view import View
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "Column",
     "Compare",
     "Dashboard",
+    "Diagnosis",
     "GraphView",
     "Histogram",
     "History",
@@ -34,6 +38,7 @@ __all__ = [
     "LayerGrid",
     "LayerTable",
     "Layers",
+    "Pareto",
     "Past",
     "Score",
     "Script",
@@ -41,6 +46,7 @@ __all__ = [
     "Sensitivity",
     "SettingsForm",
     "TechniqueForm",
+    "Training",
     "View",
     "tab",
 ]

@@ -102,6 +102,7 @@ export default () => {
       const others = [...views].filter((other) => other !== view).map((other) => other.document);
       if (changes.length > 0) apply({ events: changes }, [], [master, ...others]);
     };
+    view.flush = flush;
     document.on_change((event) => {
       if (event.sync === false || isLocal(event)) return;
       if (pending.push(event) > 1) return;
@@ -159,6 +160,14 @@ export default () => {
           }
         },
       };
+      // Bokeh tells Python of the end of a drag only where a tool handled it, not where an annotation did.
+      const released = () => {
+        setTimeout(() => {
+          view.flush?.();
+          send({ kind: "released" });
+        }, PAUSE_MS);
+      };
+      canvas.addEventListener("pointerdown", () => window.addEventListener("pointerup", released, { once: true }), true);
       let stopFollowing = () => {};
       try {
         await ready;

@@ -54,6 +54,7 @@ class BokehPane(LiveWidget):
     ) -> None:
         self.document = _document_of(figure)
         self.fallback = fallback
+        self._release_callbacks: list[Callable[[], object]] = []
         self._batched: list[DocumentPatchedEvent] = []
         self._batch_depth = 0
         self._bookkeeping = threading.Lock()  # never held while code of others runs
@@ -79,6 +80,11 @@ class BokehPane(LiveWidget):
             if events:
                 self._send_patch(events)
 
+    def on_release(self, callback: Callable[[], object]) -> Callable[[], object]:
+        """Call back when a press that began in the pane ends, after all that it changed has arrived."""
+        self._release_callbacks.append(callback)
+        return callback
+
     def take_snapshot(self) -> str:
         return serialize_json(self.document.to_json(deferred=False))
 
@@ -88,6 +94,9 @@ class BokehPane(LiveWidget):
             if any(event["kind"] != "MessageSent" for event in message["patch"]["events"]):
                 self.changed()
             self.document.apply_json_patch(message["patch"], setter=self)
+        elif message["kind"] == "released":
+            for callback in self._release_callbacks:
+                callback()
         elif message["kind"] == "resync":
             self.send({"kind": "document", "document": self.take_snapshot()})
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import ipywidgets
 import pandas as pd
-from bokeh.events import PanEnd
 
 from qlab.errors import SpecError
 from qlab.lab import Lab
@@ -34,6 +33,7 @@ class Histogram(View):
         self.channel: int | None = None
         self._wish = part if part in PARTS else "weight"  # what the person looks at, where a layer has it
         self._data: HistogramData | None = None
+        self._dragged_to: tuple[float, float] | None = None
         self._is_drawing = False
         self._build_controls()
         self._values = histogram_plot(pd.DataFrame({"left": [], "right": [], "count": []}))
@@ -45,7 +45,7 @@ class Histogram(View):
         self.channels.layout.flex, self.channels.layout.min_width = "1 1 220px", "0"
         for edge in ("left", "right"):
             self._values.clip.on_change(edge, self.guarded(self._dragged))
-        self._values.figure.on_event(PanEnd, self.guarded(lambda _: self._released()))
+        self.values.on_release(self.guarded(self._released))
         self._channels.now.selected.on_change("indices", self.guarded(self._channel_clicked))
         self.listen(lab.events.edited, self._edited)
         if layer is None:
@@ -79,10 +79,10 @@ class Histogram(View):
 
     def preview(self, low: float, high: float) -> HistogramData:
         """Shows what the range (low, high) would do, without setting it."""
+        low, high = self._fitted(low, high)
         data = self._lab.histogram(self.layer, self.part, channel=self.channel, bounds=(low, high))
         with self.values.batch():
             self._values.update(data.bins, levels=data.levels, error=self._error(), name=self._name)
-            self._values.move_clip(low, high)
         self.values.label = self._values.headline
         self._caption.value = self._sentence(data, self._lab.layer_row(self.layer), "preview")
         return data
@@ -91,6 +91,7 @@ class Histogram(View):
         """Sets the range of the tensor, or of the channel shown, and freezes it: one step of the history."""
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"a range goes from a lower to a higher number; got {low:g} to {high:g}.")
+        low, high = self._fitted(low, high)
         frame = None if self._data is None else self._data.channels
         if self.channel is None or frame is None or not self._is_per_channel:
             self._lab.set_range(self.layer, self.part, low, high)
@@ -227,18 +228,24 @@ class Histogram(View):
             self._values.set_counts("log" if is_log else "linear")
 
     def _dragged(self, _attr: str, _old: float, _new: float) -> None:
-        if not self._is_drawing:
-            self._is_drawing = True
-            try:
-                self.preview(*sorted((float(self._values.clip.left), float(self._values.clip.right))))
-            finally:
-                self._is_drawing = False
+        if not self._is_drawing and self.can_set_range:
+            low, high = sorted((float(self._values.clip.left), float(self._values.clip.right)))
+            self._dragged_to = low, high
+            self.preview(low, high)
 
     def _released(self) -> None:
-        low, high = sorted((float(self._values.clip.left), float(self._values.clip.right)))
-        data = self._data
-        if data is not None and (low, high) != (data.low, data.high) and self.can_set_range:
-            self.set_range(low, high)
+        reached, self._dragged_to = self._dragged_to, None
+        if reached is not None:
+            self.set_range(*reached)
+
+    def _fitted(self, low: float, high: float) -> tuple[float, float]:
+        """The range as the scheme has it: of a symmetric grid, the edge that was moved moves the other one too."""
+        data, row = self._data, self._lab.layer_row(self.layer)
+        scheme = row.weight_scheme if self.part == "weight" else row.output_scheme
+        if data is None or data.low is None or data.high is None or scheme == "asymmetric":
+            return low, high
+        bound = abs(low if abs(low - data.low) > abs(high - data.high) else high)
+        return (0.0 if scheme == "unsigned_symmetric" else -bound), bound
 
     def _part_chosen(self, change: Any) -> None:
         if not self._is_drawing:

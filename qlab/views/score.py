@@ -48,13 +48,15 @@ def _card(row: ScoreRow) -> str:
         notes.append(_number(row.change, row.quantized, sign=True))
     if interval is not None:
         low, high = (_number(bound, row.quantized) for bound in interval)
-        notes.append(f"95 %: {low.rstrip('%')}–{high}")
+        notes.append(f"({low.rstrip('%')}–{high})")
     if row.is_stale:
         notes.append("measuring…")
     value = "–" if row.quantized is None else _number(float(row.quantized), row.quantized)
+    state = "qlab-stale" if row.is_stale else ""
     return (
-        f'<div class="{"qlab-stale" if row.is_stale else ""}"><span>{escape(row.name)}, {escape(row.data)}</span>'
-        f"<span><b>{escape(value)}</b> <small>{escape(', '.join(notes))}</small></span></div>"
+        f'<div class="{state}" title="in brackets the 95 % interval">'
+        f"<span>{escape(row.name)}, {escape(row.data)}</span>"
+        f"<span><b>{escape(value)}</b> <small>{escape(' '.join(notes))}</small></span></div>"
     )
 
 

@@ -1,0 +1,317 @@
+"""The workbench in a real JupyterLab, as wide as a laptop with its sidebar open: every tab by mouse and by keyboard."""
+
+import io
+import re
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Locator, expect
+
+pytestmark = pytest.mark.browser
+SETUP = """
+import time, torch, qlab
+torch.manual_seed(0)
+torch.set_num_threads(1)
+digits = qlab.examples.digits()
+model, example, batches = qlab.examples.mobilenet(), digits.test[0], digits.calibration()
+score = qlab.Accuracy(digits.test)
+sim = qlab.QuantSim(model, example, qlab.presets.w8a8())
+sim.calibrate(batches)
+lab = qlab.Lab(sim, batches, score=score)
+lab.select("stem.conv")
+"""
+SLOW = """
+from dataclasses import dataclass
+from qlab.techniques import Report, Technique
+
+@dataclass(frozen=True)
+class Slow(Technique):
+    "Waits, and changes a weight meanwhile."
+    steps: int = qlab.settings.setting(300, "how many tenths of a second", minimum=1, unit="steps")
+
+    def run(self, sim, batches, score, progress):
+        for step in range(self.steps):
+            progress.step(step, self.steps, "waiting")
+            next(iter(sim.model.parameters())).data.add_(0.01)
+            time.sleep(0.1)
+        return Report("Slow", "waited")
+"""
+HOSTILE = """
+NAME = "<img src=x onerror=hacked=1>"
+
+class Hostile(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add_module(NAME, torch.nn.Conv2d(3, 4, 3))
+        self.add_module("fc", torch.nn.Linear(4, 3))
+
+    def forward(self, x):
+        return self.fc(torch.relu(getattr(self, NAME)(x)).mean((2, 3)))
+
+data = [torch.randn(4, 3, 8, 8)]
+hostile = qlab.Lab(qlab.QuantSim(Hostile().eval(), data[0], qlab.presets.w8a8()), data)
+hostile.select(NAME)
+hostile.set(NAME, "weight", bits=4)
+hostile
+"""
+TABS = ("Layers", "Techniques", "History", "Graph")
+ORANGE = (230, 159, 0)  # clip lines, selected layers
+BAR = (222, 126, 51)  # of a channel, on white
+FIRST_WEIGHT = "next(iter(sim.model.parameters())).sum().item()"
+
+
+@pytest.fixture(scope="module")
+def shared_notebook(open_notebook):
+    """One lab with its dashboard, in a window of a laptop's size."""
+    notebook = open_notebook([SETUP, "lab"])
+    notebook.page.set_viewport_size({"width": 1300, "height": 850})
+    notebook.command("application:toggle-left-area")
+    notebook.page.locator(".qlab-grid tbody tr").first.wait_for(timeout=120_000)
+    notebook.page.locator(".qlab-pane[data-ready]").first.wait_for(timeout=60_000)
+    notebook.idle()
+    return notebook
+
+
+@pytest.fixture
+def dashboard(notebook) -> Locator:
+    """The dashboard, at the top of the window, its scores measured."""
+    found = notebook.page.get_by_role("region", name="dashboard").first
+    expect(found.locator(".qlab-score")).not_to_contain_text("measuring", timeout=60_000)
+    found.evaluate("element => element.scrollIntoView()")
+    return found
+
+
+def show(dashboard: Locator, title: str) -> Locator:
+    """Bring a tab to the front and return what it holds."""
+    dashboard.get_by_role("tab", name=title).click()
+    expect(dashboard.get_by_role("tab", name=title)).to_have_attribute("aria-selected", "true")
+    panel = dashboard.locator(".widget-tab-contents > .qlab-view, .widget-tab-contents > * > .qlab-view")
+    return panel.locator("visible=true").first
+
+
+def pixels(pane: Locator, colour: tuple[int, int, int]) -> np.ndarray:
+    """Where a pane has nearly this colour."""
+    picture = np.array(Image.open(io.BytesIO(pane.screenshot())).convert("RGB")).astype(int)
+    return np.abs(picture - np.array(colour)).sum(2) < 60
+
+
+def test_it_fits_a_laptop(notebook, dashboard):
+    """868 px are left for the dashboard at 1300 with the sidebar open: nothing is wider."""
+    width, needed, height = dashboard.evaluate("e => [e.clientWidth, e.scrollWidth, e.scrollHeight]")
+    notebook.screenshot("workbench_layers")
+    assert width < 900
+    assert needed <= width + 1
+    assert height < 850
+
+
+def test_tabs_and_keys_by_keyboard_alone(notebook, dashboard):
+    cells = notebook.page.locator(".jp-Cell").count()
+    dashboard.get_by_role("tab", name="Layers").focus()
+    for key, title in (("ArrowRight", "Techniques"), ("ArrowRight", "History"), ("ArrowLeft", "Techniques")):
+        notebook.page.keyboard.press(key)
+        notebook.page.keyboard.press("Enter")
+        expect(dashboard.get_by_role("tab", name=title)).to_have_attribute("aria-selected", "true")
+    notebook.page.keyboard.press("d")
+    notebook.page.keyboard.press("d")
+    assert notebook.page.locator(".jp-Cell").count() == cells  # JupyterLab's "d d" would have deleted one
+    notebook.py("lab.set('stem.conv', 'weight', bits=5)")
+    notebook.page.keyboard.press("Control+z")
+    notebook.eventually("print(lab.step, sim['stem.conv'].weight.bits)", "0 8")
+
+
+def test_everything_to_press_has_a_name(dashboard):
+    for title in TABS:
+        show(dashboard, title)
+        dashboard.page.wait_for_timeout(300)
+        nameless = dashboard.evaluate(
+            """root => [...root.querySelectorAll('button, select, input, textarea')]
+                .filter(e => e.checkVisibility())
+                .filter(e => !(e.labels?.length && e.labels[0].textContent.trim()) && !e.getAttribute('aria-label')
+                    && !e.title && !e.textContent.trim() && !e.closest('label, [title]'))
+                .map(e => e.outerHTML.slice(0, 120))"""
+        )
+        assert not nameless, title
+
+
+def test_a_group_is_selected_by_kind_and_edited_at_once(notebook, dashboard):
+    show(dashboard, "Layers")
+    dashboard.get_by_label("kind").select_option("depthwise_conv (8)")
+    notebook.eventually("print(len(lab.selected))", "8")
+    dashboard.get_by_title("value of the setting").select_option("4")
+    dashboard.get_by_role("button", name="Apply").click()
+    notebook.eventually("print({sim[n].weight.bits for n in lab.selected}, lab.step)", "{4} 1")
+    dashboard.get_by_label("noise").select_option("noisiest 10%")
+    notebook.eventually("print(3 < len(lab.selected) < 8)", "True")
+    dashboard.get_by_label("Select", exact=True).fill("blocks.1.*")
+    dashboard.get_by_label("Select", exact=True).press("Enter")
+    notebook.eventually("print({n.split('.')[1] for n in lab.selected})", "{'1'}")
+
+
+def test_a_dragged_clip_line_previews_and_sets_the_range_as_one_step(notebook, dashboard):
+    notebook.py("lab.go_to(0); lab.select('stem.conv')")
+    show(dashboard, "Layers")
+    dashboard.get_by_label("error curve").check()
+    pane = dashboard.locator(".qlab-pane").first
+    pane.scroll_into_view_if_needed()
+    notebook.page.wait_for_timeout(500)
+    columns = pixels(pane, ORANGE).sum(0)
+    lines = np.flatnonzero(columns > 0.4 * columns.max())
+    box = pane.bounding_box()
+    x, y = box["x"] + float(lines.max()) - 1, box["y"] + box["height"] * 0.5
+    step, high = notebook.py("print(lab.step, lab.histogram('stem.conv').high)").split()
+    notebook.page.mouse.move(x, y)
+    notebook.page.mouse.down()
+    for i in range(1, 9):
+        notebook.page.mouse.move(x - 12 * i, y)
+        notebook.page.wait_for_timeout(40)
+    preview = dashboard.get_by_text("preview:")
+    expect(preview).to_be_visible()
+    expect(preview).not_to_contain_text(" 0.00% clipped")
+    assert notebook.py("print(lab.step)") == step
+    notebook.screenshot("workbench_dragging")
+    notebook.page.mouse.up()
+    notebook.eventually("print(lab.step, sim['stem.conv'].weight.frozen)", f"{int(step) + 1} True")
+    assert float(notebook.py("print(lab.histogram('stem.conv').high)")) < 0.8 * float(high)
+    expect(dashboard.get_by_text("range set by hand")).to_be_visible()
+    dashboard.get_by_role("button", name="By rule").click()
+    notebook.eventually("print(sim['stem.conv'].weight.frozen)", "False")
+    dashboard.get_by_label("error curve").uncheck()
+
+
+def test_a_range_is_typed_and_a_channel_clicked(notebook, dashboard):
+    show(dashboard, "Layers")
+    dashboard.get_by_label("range", exact=True).fill("-0.2")
+    dashboard.get_by_label("range", exact=True).press("Tab")
+    dashboard.get_by_title("set this range and keep it").click()
+    notebook.eventually("print(sim['stem.conv'].weight.frozen, round(lab.histogram('stem.conv').low, 1))", "True -0.2")
+    channels = dashboard.locator(".qlab-pane").nth(1)
+    rows, columns = np.nonzero(pixels(channels, BAR))
+    at = len(rows) // 2
+    channels.click(position={"x": float(columns[at]), "y": float(rows[at])})
+    expect(dashboard.locator(".qlab-view b", has_text=re.compile(r"channel \d+"))).to_be_visible()
+    dashboard.get_by_title("show one channel alone").select_option("channel 3")
+    expect(dashboard.locator(".qlab-view b", has_text="stem.conv weight channel 3")).to_be_visible()
+    notebook.screenshot("workbench_channel")
+
+
+def test_a_technique_refuses_runs_and_reports(notebook, dashboard):
+    show(dashboard, "Techniques")
+    dashboard.get_by_label("Technique", exact=True).select_option("CrossLayerEqualization")
+    dashboard.get_by_label("iterations").fill("0")
+    dashboard.get_by_role("button", name="Run").click()
+    refusal = dashboard.get_by_role("alert").filter(has_text="must be at least 1")
+    expect(refusal).to_be_visible()
+    notebook.screenshot("workbench_refused")
+    dashboard.get_by_label("iterations").fill("20")
+    dashboard.get_by_role("button", name="Run").click()
+    expect(refusal).not_to_be_visible()
+    expect(dashboard.get_by_text(re.compile("CrossLayerEqualization: done|done after")).first).to_be_visible(
+        timeout=60_000
+    )
+    assert "CrossLayerEqualization" in notebook.py("print(list(lab.history['action'])[-1])")
+    notebook.screenshot("workbench_technique")
+
+
+def test_a_technique_of_a_cell_appears_pauses_and_is_cancelled(notebook, dashboard, measure):
+    show(dashboard, "Techniques")
+    notebook.run(SLOW)
+    before = notebook.py(f"print({FIRST_WEIGHT}, lab.step)")
+    dashboard.evaluate("element => element.scrollIntoView()")
+    dashboard.get_by_label("Technique", exact=True).select_option("Slow")
+    dashboard.get_by_role("button", name="Run").click()
+    expect(dashboard.get_by_text(re.compile(r"\d+ of 300 waiting"))).to_be_visible(timeout=20_000)
+    dashboard.get_by_role("button", name="Pause").click()
+    expect(dashboard.get_by_role("button", name="Resume")).to_be_visible()
+    notebook.eventually("print(lab.is_busy, lab.jobs[0].is_paused)", "True True")
+    dashboard.get_by_role("button", name="Resume").click()
+    show(dashboard, "Layers")
+    dashboard.get_by_role("button", name="Apply").click()
+    expect(dashboard.get_by_role("alert").filter(has_text="is changing the sim")).to_be_visible()
+    notebook.screenshot("workbench_job")
+    began = time.perf_counter()
+    dashboard.get_by_role("button", name="Cancel").click()
+    dashboard.get_by_text(re.compile("cancelled after")).wait_for(timeout=5_000)
+    measure(f"Cancel to cancelled: {time.perf_counter() - began:.2f} s")
+    assert notebook.py(f"print({FIRST_WEIGHT}, lab.step)") == before
+
+
+def test_history_goes_back_compares_and_gives_the_script(notebook, dashboard):
+    notebook.py("lab.set('head.conv', 'weight', bits=3)")
+    show(dashboard, "History")
+    last = int(notebook.py("print(lab.step)"))
+    rows = dashboard.get_by_role("grid", name="history").locator("tbody tr")
+    expect(rows).to_have_count(last + 1)
+    rows.nth(1).locator("td").nth(1).click()
+    notebook.eventually("print(lab.step)", "1")
+    expect(rows.nth(2)).to_contain_text("undone")
+    notebook.page.keyboard.press("ArrowUp")
+    notebook.page.keyboard.press("Space")
+    notebook.eventually("print(lab.step)", "0")
+    notebook.py(f"lab.go_to({last})")
+    dashboard.get_by_label("Compare").select_option(index=0)
+    expect(dashboard.get_by_text(re.compile(r"\d+ differences in \d+ layers"))).to_be_visible()
+    notebook.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    dashboard.get_by_role("button", name="Copy script").click()
+    expect(dashboard.get_by_text(re.compile(r"Copied \d+ lines"))).to_be_visible()
+    copied = notebook.page.evaluate("navigator.clipboard.readText()")
+    assert copied == dashboard.get_by_role("textbox", name="script").input_value()
+    assert copied.strip() == notebook.py("print(lab.script())")
+    notebook.screenshot("workbench_history")
+
+
+def test_the_page_for_a_colleague_is_saved(notebook, dashboard):
+    show(dashboard, "History")
+    dashboard.get_by_label("Report").fill("page.html")
+    dashboard.get_by_label("Report").press("Tab")
+    dashboard.get_by_role("button", name="Save as HTML").click()
+    expect(dashboard.get_by_text("Saved page.html")).to_be_visible(timeout=60_000)
+    assert "<html" in (notebook.server.notebooks / "page.html").read_text()
+
+
+def test_a_click_in_the_graph_selects(notebook, dashboard):
+    notebook.py("lab.go_to(0); lab.select('blocks.2.expand.conv')")
+    pane = show(dashboard, "Graph").locator(".qlab-pane")
+    notebook.page.wait_for_timeout(800)
+    rows, columns = np.nonzero(pixels(pane, ORANGE))
+    place = {"x": float(np.median(columns)), "y": float(np.median(rows))}
+    notebook.py("lab.select('stem.conv')")
+    pane.click(position=place)
+    notebook.eventually("print(lab.selected)", "('blocks.2.expand.conv',)")
+    dashboard.get_by_label("Colour by").select_option(index=2)
+    expect(pane).to_have_attribute("aria-label", re.compile("^noise"))
+    notebook.screenshot("workbench_graph")
+
+
+def test_the_tab_in_front_survives_a_reload(notebook):
+    notebook.reload()
+    dashboard = notebook.page.get_by_role("region", name="dashboard").first
+    expect(dashboard.get_by_role("tab", name="Graph")).to_have_attribute("aria-selected", "true", timeout=60_000)
+    pane = show(dashboard, "Layers").locator(".qlab-pane").first
+    expect(pane).to_have_attribute("data-ready", "true", timeout=30_000)
+    notebook.page.wait_for_timeout(500)
+    notebook.screenshot("workbench_reloaded")
+    assert pane.locator("canvas").first.bounding_box()["width"] > 200
+
+
+def test_every_tab_in_the_dark(notebook, dashboard):
+    notebook.theme("Dark")
+    for title in TABS:
+        show(dashboard, title)
+        notebook.page.wait_for_timeout(700)
+        notebook.screenshot(f"workbench_dark_{title.lower()}")
+    notebook.theme("Light")
+    show(dashboard, "Layers")
+
+
+def test_hostile_names_run_nowhere(notebook):
+    output = notebook.run(HOSTILE)
+    region = output.get_by_role("region", name="dashboard")
+    for title in (*TABS[1:], TABS[0]):
+        region.get_by_role("tab", name=title).click(timeout=60_000)
+        notebook.page.wait_for_timeout(700)
+    expect(region.locator(".qlab-grid tbody tr").first).to_be_visible()
+    expect(region.get_by_text("<img src=x").first).to_be_visible()
+    hacked = "[window.hacked === undefined, document.querySelectorAll('img[src=x]').length]"
+    assert notebook.page.evaluate(hacked) == [True, 0]
