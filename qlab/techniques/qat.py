@@ -228,7 +228,12 @@ class _Run:
         else:
             kept = f"epoch {self.best_epoch} kept" if self.best_epoch else "no epoch was better, weights as before"
             summary = f"{name} {self.start} before, {self.best} after; {kept}"
-        values: dict[str, Any] = {"before": float(self.start), "after": float(self.best), "epoch": self.best_epoch, "steps": self.steps}
+        values: dict[str, Any] = {
+            "before": float(self.start),
+            "after": float(self.best),
+            "epoch": self.best_epoch,
+            "steps": self.steps,
+        }
         values["epochs"] = self.epochs
         return Report("QAT", summary, tuple(self._layers()), tuple(self.notes), values)
 
