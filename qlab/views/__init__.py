@@ -7,6 +7,7 @@ from qlab.views.bokeh_pane import BokehPane
 from qlab.views.compare import Compare
 from qlab.views.dashboard import Dashboard
 from qlab.views.diagnosis import Diagnosis
+from qlab.views.export_panel import ExportPanel
 from qlab.views.graph_view import GraphView
 from qlab.views.histogram import Histogram
 from qlab.views.history import History, Past, Script
@@ -31,6 +32,7 @@ __all__ = [
     "Compare",
     "Dashboard",
     "Diagnosis",
+    "ExportPanel",
     "GraphView",
     "Histogram",
     "History",

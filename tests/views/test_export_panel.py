@@ -1,0 +1,39 @@
+"""The panel writes what `sim.export` writes, says so, and shows why where it cannot."""
+
+import pytest
+import torch
+from torch import nn
+
+import qlab
+from qlab.views import ExportPanel
+
+
+@pytest.fixture
+def lab():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    batches = [torch.randn(16, 6)]
+    return qlab.Lab(qlab.QuantSim(model, batches[0], qlab.presets.w8a8()), batches)
+
+
+def test_it_writes_the_encodings_of_the_version_chosen(lab, tmp_path):
+    view = ExportPanel(lab, str(tmp_path / "panel"))
+    view._formats["onnx"].value = view._formats["safetensors"].value = False
+    view._encodings.value = "0.6.1"
+    view.export().result()
+    lab.sim.export(tmp_path / "direct", "0.6.1", formats=["encodings"])
+    assert (tmp_path / "panel.encodings").read_text() == (tmp_path / "direct.encodings").read_text()
+    assert str(tmp_path / "panel.encodings") in view._files.value
+    lab.set("0", "weight", bits=4)
+    assert "changed since" in view._said.value
+    view.close()
+
+
+def test_what_went_wrong_is_shown(lab, tmp_path):
+    (tmp_path / "file").write_text("")
+    view = ExportPanel(lab, str(tmp_path / "file" / "model"))
+    with pytest.raises(OSError, match="file"):
+        view.export().result()
+    assert view.frame.error is not None
+    assert view.exported is None
+    view.close()
