@@ -104,6 +104,7 @@ class Job:
         self._resumed = threading.Event()
         self._resumed.set()
         self._over = threading.Event()
+        self._turning = threading.Lock()  # from waiting to running or cancelled, one of them
         self._began: float | None = None
         self._ended: float | None = None
         self._reported = 0.0
@@ -113,9 +114,19 @@ class Job:
     # What the person does ---------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Asks the work to stop at its next step; what it had changed is put back. After the end: nothing."""
+        """Asks the work to stop at its next step; what it had changed is put back.
+
+        A job that waits for its turn ends at once; after the end nothing happens.
+        """
         self._stop.set()
         self._resumed.set()
+        with self._turning:
+            waited = self.state is JobState.WAITING
+            if waited:
+                self.exception = Cancelled(f"{self.title} was cancelled before it began.")
+                self.state = JobState.CANCELLED
+        if waited:
+            self._end()
 
     def pause(self) -> None:
         """Holds the work at its next step; the sim stays as it is there and edits stay refused."""
@@ -133,7 +144,7 @@ class Job:
         again. progress: told how far the job is, in the calling thread. Raises TimeoutError after `timeout_s` seconds;
         the job goes on.
         """
-        if threading.current_thread() is self._thread and not self.state.is_over:
+        if self._is_own_thread and not self.state.is_over:
             raise Busy(f"{self.title!r} waits for itself: result() was called from inside the job.")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
@@ -219,7 +230,7 @@ class Job:
             self.outside(lambda: self._events.send("job_progress", self))
         if self.is_paused:
             self.outside(self._wait_until_resumed)
-        if self._lock is not None:
+        if self._lock is not None and self._is_own_thread:
             self._lock.give_turn()
         self.check()
 
@@ -241,9 +252,13 @@ class Job:
     def _wait_until_resumed(self) -> None:
         self._resumed.wait()
 
+    @property
+    def _is_own_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
     def outside(self, action: Callable[[], None]) -> None:
         """Does something while others may use the sim."""
-        if self._lock is None:
+        if self._lock is None or not self._is_own_thread:  # work may report from threads of its own
             action()
             return
         with self._lock.released():
@@ -251,11 +266,13 @@ class Job:
 
     def _run(self, lock: EngineLock) -> None:
         """Runs to the end, whatever happens; called by the worker."""
+        with self._turning:
+            if self.state.is_over:
+                return
+            self.state = JobState.RUNNING
         self._thread = threading.current_thread()
         self._began = time.monotonic()
         try:
-            self.check()
-            self.state = JobState.RUNNING
             self._events.send("job_started", self)
             if self.changes:
                 with lock:
@@ -273,6 +290,9 @@ class Job:
             self.exception, state = error, JobState.FAILED
         self._ended = time.monotonic()
         self.state = state
+        self._end()
+
+    def _end(self) -> None:
         self._work = _over  # what it closed over may be large
         try:
             self._events.send("job_ended", self)

@@ -349,3 +349,33 @@ def test_paused_techniques_keep_the_sim_and_let_views_read(lab: qlab.Lab, nudge)
         lab.set("fc", "weight", bits=4)
     job.resume()
     assert job.result(timeout_s=20).technique == "_Nudge"
+
+
+def test_work_may_report_from_threads_of_its_own(lab: qlab.Lab) -> None:
+    def spread(sim: qlab.QuantSim, progress: qlab.Progress) -> str:
+        helpers = [threading.Thread(target=progress.step, args=(step, 4)) for step in range(4)]
+        for helper in helpers:
+            helper.start()
+        for helper in helpers:
+            helper.join()
+        progress.step(4, 4)
+        return "spread"
+
+    assert lab.run(spread) == "spread"
+
+
+def test_a_job_that_waits_is_cancelled_at_once(worker: Worker, events: LabEvents) -> None:
+    began, ended = threading.Event(), []
+    events.job_ended.connect(ended.append)
+    running = worker.start(Job(endless(began), "spin", False, events))
+    began.wait(5)
+    waiting = worker.start(Job(lambda job: 1, "next", False, events))
+    after = worker.start(Job(lambda job: 2, "last", False, events))
+    waiting.cancel()
+    assert waiting.state is JobState.CANCELLED
+    assert ended == [waiting]
+    with pytest.raises(Cancelled, match="next was cancelled before it began"):
+        waiting.result()
+    running.cancel()
+    assert after.result(timeout_s=5) == 2
+    assert ended == [waiting, running, after]
