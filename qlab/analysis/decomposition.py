@@ -3,6 +3,7 @@ clipping."""
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -43,7 +44,7 @@ def decompose(
     error, signal, elements = (float(value) for value in total[2 * number :])
     table = []
     for i, part in enumerate(PARTS):
-        share, spread = jackknife(lambda s, i=i: s[..., i] / s[..., 2 * number], whole) if error else (0.0, math.nan)
+        share, spread = jackknife(partial(_ratio, i, 2 * number), whole) if error else (0.0, math.nan)
         energy = float(total[number + i])
         table.append((part, share, spread, energy / elements, _decibel(signal, energy)))
     return pd.DataFrame(table, columns=list(PART_COLUMNS)), _decibel(signal, error)
@@ -108,6 +109,10 @@ def _rows(group: Group, y: Tensor, outside: list[Any]) -> Tensor:
     columns = [by_sample(part * error) for part in parts] + [by_sample(part * part) for part in parts]
     elements = torch.full((samples,), y.numel() / samples, dtype=torch.float64, device=y.device)
     return torch.stack([*columns, by_sample(error * error), by_sample(y.double().square()), elements], 1).cpu()
+
+
+def _ratio(part: int, whole: int, sums: Tensor) -> Tensor:
+    return sums[..., part] / sums[..., whole]
 
 
 def _decibel(signal: float, noise: float) -> float:

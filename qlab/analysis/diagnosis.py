@@ -122,10 +122,10 @@ def _worst_before(sim: QuantSim, group: Group, batch: Any) -> tuple[str, float] 
         if any(layer.name in unit.layers for layer in group.layers):
             continue
         for key in unit.quantizers:
-            sim.quantizers[key].enabled = False  # type: ignore[assignment]
+            sim.quantizers[key].enabled = False
         found.append((unit.layer, 1 - error() / whole if whole else 0.0))
         for key in unit.quantizers:
-            sim.quantizers[key].enabled = True  # type: ignore[assignment]
+            sim.quantizers[key].enabled = True
     best = max(found, key=lambda pair: pair[1], default=None)
     return best if best is not None and best[1] > 0 else None
 

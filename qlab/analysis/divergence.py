@@ -28,7 +28,7 @@ def divergence_rows(reference: Any, output: Any) -> Tensor:
     signal = sum(w.double().square().reshape(samples, -1).sum(1) for w, _ in pairs)
     noise = sum((w.double() - o.double()).square().reshape(samples, -1).sum(1) for w, o in pairs)
     kl, count = _kl(*pairs[0], samples)
-    return torch.stack([kl, count, signal, noise], 1).cpu()  # type: ignore[list-item]
+    return torch.stack([kl, count, signal, noise], 1).cpu()
 
 
 def class_axis(logits: Tensor) -> int | None:

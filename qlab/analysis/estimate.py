@@ -175,7 +175,7 @@ def _add(
         predictions = outputs[0].numel() / samples / (outputs[0].shape[axis] if axis is not None else 1)
         elements = sum(output.numel() for output in outputs) / samples
         sizes = torch.tensor([predictions, elements], dtype=torch.float64).expand(samples, 2)
-        results.append(torch.cat([energy[:, None].cpu(), sizes], 1))  # type: ignore[index]
+        results.append(torch.cat([energy[:, None].cpu(), sizes], 1))
 
 
 def _directions(

@@ -143,7 +143,7 @@ class Ledger:
             if case.unit is not None and case not in self.notes:
                 parts = [self.outcomes[case][number].rows for number in range(batches)]
                 if all(part is not None for part in parts):
-                    groups.setdefault((case.mode, case.bits), []).append(torch.cat(parts))  # type: ignore[arg-type]
+                    groups.setdefault((case.mode, case.bits), []).append(torch.cat(parts))
         found = [
             stability(self.evaluation.value, torch.stack(group))
             for group in groups.values()

@@ -108,7 +108,8 @@ def weight_ranges(sim: QuantSim, layer: str, before: pd.DataFrame | None = None)
 
 def output_ranges(sim: QuantSim, layer: str, before: pd.DataFrame | None = None) -> "RangesFigure":
     """The range of each channel of a layer's output, as calibration saw it; `before` as in `weight_ranges`."""
-    return ranges_of(channel_ranges(sim), sim[layer].output.name if sim[layer].output else layer, "output", before)
+    output = sim[layer].output
+    return ranges_of(channel_ranges(sim), layer if output is None else output.name, "output", before)
 
 
 def ranges_of(frame: pd.DataFrame, layer: str, part: str, before: pd.DataFrame | None = None) -> "RangesFigure":
@@ -157,8 +158,12 @@ def picture_of(analysis: "Analysis", what: str, **options: Any) -> Any:
     """The figure called `what`; see Analysis.plot."""
     if what in ("enabled", "disabled"):
         return sensitivity(analysis, what)
-    if what in ("summary", "noise", "estimate"):
-        return {"summary": summary, "noise": noise, "estimate": estimate}[what](analysis, **options)
+    if what == "summary":
+        return summary(analysis)
+    if what == "noise":
+        return noise(analysis, **options)
+    if what == "estimate":
+        return estimate(analysis)
     if what == "ranges":
         return relative_ranges(analysis.ranges, **options)
     if what == "channels":

@@ -23,8 +23,9 @@ def shadow(sim: QuantSim, bits: Bits | None = None) -> QuantSim:
     twin = deepcopy(sim, {id(item): item for item in shared})
     twin.eval()
     twin.quantization_enabled = True
-    for quantizer in quantizers_of(twin) if bits is not None else ():
-        set_bits(quantizer, bits.weight if isinstance(quantizer, WeightQuantizer) else bits.output)
+    if bits is not None:
+        for quantizer in quantizers_of(twin):
+            set_bits(quantizer, bits.weight if isinstance(quantizer, WeightQuantizer) else bits.output)
     return twin
 
 

@@ -56,7 +56,7 @@ class Sweep:
         bits = case.bits or self._default
         twin = self._shadows[bits]
         for key, quantizer in twin.quantizers.items():
-            quantizer.enabled = key in self._on and case.quantizes(key)  # type: ignore[assignment]
+            quantizer.enabled = key in self._on and case.quantizes(key)
         self._now = bits, twin
         return twin
 

@@ -6,7 +6,7 @@ another, so that one that a dying worker takes along is computed again.
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +84,7 @@ class Workers:
         self._package = to_bytes((sim, tuple(sweep.cases), max_bytes, torch.get_num_threads()))
         self._key = hashlib.sha256(self._package).hexdigest()
 
-    def run(self, pieces: Iterator[Piece], waiting: Callable[[], None]) -> Iterator[list[Outcome]]:
+    def run(self, pieces: Iterator[Piece], waiting: Callable[[], None]) -> Generator[list[Outcome], None, None]:
         """The outcomes of each piece, in the order in which they arrive. waiting: called often; may raise to stop."""
         pending: dict[Future[bytes], Piece] = {}
         try:
