@@ -36,11 +36,12 @@ class AutoQuant(Technique):
     `result = AutoQuant(allowed_drop=0.01).apply(sim_or_model, batches, score=score)`: `result.sim` is new,
     `result.stages` says what was tried, what it gained and why it was kept or not, `result.save(folder)` writes it all.
 
-    Stages: the sim as given; with its weights in float (where that misses the target, no weight technique can help: it
-    says so and goes on); BatchNorm folding; every pair of range `rules`, without and with cross-layer equalization;
-    mixed precision where asked for; each rounding technique on the `finalists` best so far; a short QAT where asked for
-    or where labelled batches are given. Ends when the target, float score - allowed_drop, is met. States are ranked by
-    score, equal ones by SQNR. What is common is computed once: states are returned to, statistics serve every rule.
+    Stages: the sim as given; with its weights in float (where that misses the target, no technique for weights alone
+    can help: it says so and goes on); BatchNorm folding; every pair of range `rules`, without and with cross-layer
+    equalization; mixed precision where asked for; each rounding technique on the `finalists` best so far; a short QAT
+    where asked for or where labelled batches are given. Ends when the target, float score - allowed_drop, is met.
+    States are ranked by score, equal ones (`within_error`: nearly equal ones, too) by SQNR. What is common is computed
+    once: states are returned to, statistics serve every rule.
 
     A stage whose technique or score fails is marked so and the rest goes on. Cancel and the time budget end the search
     with the best so far. With resume_dir an interrupted run goes on where it was. `Steering` lets a person veto or
@@ -57,6 +58,9 @@ class AutoQuant(Technique):
     )
     rules: Any = setting(RULES, "pairs of range rules (weights, activations) to try", hidden=True)  # noqa: RUF009
     finalists: int = setting(2, "states that rounding techniques are tried on", minimum=1, maximum=20)
+    within_error: bool = setting(
+        False, "of scores that differ by less than their standard error, take the state closest to the float model"
+    )
     time_budget_s: float | None = setting(None, "end with the best so far after this time", minimum=0.0, unit="s")
     stop_at_target: bool = setting(True, "end as soon as the target is met")
     on_cancel: str = setting("best", "when cancelled: return the best so far, or raise", choices=("best", "raise"))
@@ -74,7 +78,7 @@ class AutoQuant(Technique):
         for weights, outputs in self.rules:
             RangeRule.of(weights), RangeRule.of(outputs)
 
-    def apply(  # type: ignore[override]
+    def apply(
         self,
         sim: QuantSim | nn.Module,
         batches: Any = None,

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from qlab.techniques.mixed_precision import MixedPrecision
 from qlab.techniques.qat import QAT
 from qlab.techniques.stage_scores import Scores
 from qlab.techniques.stage_store import StageStore, fingerprint, key_of
-from qlab.techniques.stage_tree import Stage, StageTree, rank, rule_changes, set_rules
+from qlab.techniques.stage_tree import Stage, StageTree, rule_changes, set_rules
 from qlab.techniques.stages import StageRecord, Steering
 from qlab.techniques.technique import Technique
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qlab.techniques.auto_quant import AutoQuant
 
 FLOAT, GIVEN, WEIGHTS = "float", "as given", "weights in float"
+_FOLDERS = ("cache_dir", "checkpoint_dir")
 _NOTHING_DONE = {BatchNormFolding: "folded", CrossLayerEqualization: "pairs"}  # the value that is 0 or missing then
 
 
@@ -79,8 +80,8 @@ class AutoQuantRun:
         self.sim = deepcopy(sim)
         self.sim.eval()
         self.scores = Scores(evaluation)
-        self.tree = StageTree(self.sim, self.steering, store, data.source)
-        self.techniques = [t if isinstance(t, Technique) else _default(t, self.sim) for t in techniques]
+        self.tree = StageTree(self.sim, self.steering, store, data.source, settings.within_error)
+        self.techniques = [t if isinstance(t, Technique) else _default(t, self.sim, store) for t in techniques]
         self.records: list[StageRecord] = []
         self.notes: list[str] = []
         self.target: float | None = None
@@ -208,8 +209,14 @@ class AutoQuantRun:
             name = f"CLE, {weights} / {outputs}" if equalized else f"{weights} / {outputs}"
             record = StageRecord(name, GIVEN if parent is None else parent.record.stage)
             key = key_of("" if parent is None else parent.key, "rules", weights, outputs)
-            stage = Stage(record, parent, key, rules=(weights, outputs))
-            self._stage(stage, lambda _, pair=(weights, outputs): set_rules(self.sim, *pair) or "")  # type: ignore[misc]
+            self._stage(Stage(record, parent, key, rules=(weights, outputs)), self._with_rules(weights, outputs))
+
+    def _with_rules(self, weights: str, outputs: str) -> Callable[[Progress], str]:
+        def work(progress: Progress) -> str:
+            set_rules(self.sim, weights, outputs)
+            return ""
+
+        return work
 
     def _apply(
         self, name: str, parent: Stage | None, technique: Technique, data: Batches | None = None
@@ -229,7 +236,7 @@ class AutoQuantRun:
             return report.summary
 
         record = StageRecord(name, GIVEN if parent is None else parent.record.stage, _name(technique))
-        key = key_of("" if parent is None else parent.key, repr(technique))
+        key = key_of("" if parent is None else parent.key, _identity(technique))
         return self._stage(Stage(record, parent, key, technique), work)
 
     def _stage(self, stage: Stage, work: Callable[[Progress], str]) -> Stage | None:
@@ -294,7 +301,7 @@ class AutoQuantRun:
         if isinstance(stage.technique, BatchNormFolding):
             verdict = "effective"
             told.append("kept, for targets fold it")
-        elif best is None or rank(record) > rank(best.record):
+        elif best is None or self.tree.ordered([best, stage])[0] is stage:
             verdict = "effective"
             told += [] if best is None else [f"better than {_with_score(best)}"]
         else:
@@ -331,6 +338,7 @@ class AutoQuantRun:
         weights = next((r for r in self.records if r.stage == WEIGHTS), None)
         if not met and weights is not None and self.target is not None and weights.score < self.target:
             self.notes.append(f"with its weights in float: {weights.reason}.")
+        self._tell_of_closer(best)
         score = math.nan if best is None else best.record.score
         return AutoQuantResult(
             technique="AutoQuant",
@@ -348,6 +356,18 @@ class AutoQuantRun:
             score_name=self.scores.name,
             cancelled=cancelled,
         )
+
+    def _tell_of_closer(self, best: Stage | None) -> None:
+        """Changes the notes: names a state that is much closer to the float model while its score is hardly worse."""
+        if best is None or self.settings.within_error:
+            return
+        near = [s for s in self.tree.candidates() if s.record.score >= best.record.low]
+        closest = max(near, key=lambda stage: stage.record.sqnr, default=best)
+        if closest.record.sqnr > best.record.sqnr + 3:
+            self.notes.append(
+                f"{_with_score(closest)} is {closest.record.sqnr - best.record.sqnr:.0f} dB closer to the float model, "
+                "and its score is within the interval of the best: within_error=True takes it."
+            )
 
     def _summary(self, score: float, lineage: list[str], met: bool) -> str:
         def shown(value: float) -> str:
@@ -423,10 +443,11 @@ class _StageProgress:
         publish(self._run.progress, record)
 
 
-def _default(kind: type[Technique], sim: QuantSim) -> Technique:
-    """A technique that was only named: mixed precision then keeps the size that the weights have."""
+def _default(kind: type[Technique], sim: QuantSim, store: StageStore) -> Technique:
+    """A technique that was only named: it keeps what it can resume from in the store, mixed precision the size."""
     if not issubclass(kind, MixedPrecision):
-        return kind()
+        folders = [f.name for f in fields(kind) if f.name in _FOLDERS] if store.folder is not None else []
+        return kind(**{name: str(store.folder) for name in folders})
     weights = [q for q in sim.quantizers.values() if isinstance(q, WeightQuantizer) and q.enabled]
     numbers = sum(q.weight.numel() for q in weights)
     if not numbers:
@@ -434,6 +455,12 @@ def _default(kind: type[Technique], sim: QuantSim) -> Technique:
     mean = sum(q.bits * q.weight.numel() for q in weights) / numbers
     near = range(max(2, math.floor(mean) - 2), min(16, math.ceil(mean) + 4) + 1)
     return kind(bits=tuple(near), budget=mean)
+
+
+def _identity(technique: Technique) -> str:
+    """The settings of a technique that its result depends on."""
+    told = {f.name: getattr(technique, f.name) for f in fields(technique) if f.name not in _FOLDERS}
+    return f"{_name(technique)} {told}"
 
 
 def _is_rounding(technique: Technique) -> bool:

@@ -79,11 +79,12 @@ class Front:
         import numpy as np
         import pandas as pd
 
-        known = sorted((p.predicted, float(p.score)) for p in self.points if p.score is not None)
+        verified_points = [p for p in self.points if p.score is not None and math.isfinite(p.score)]
+        known = np.array(sorted((p.predicted, float(p.score or 0)) for p in verified_points)).reshape(-1, 2)
         rows = []
         for point in self.points:
             verified = math.nan if point.score is None else float(point.score)
-            guess = float(np.interp(point.predicted, *zip(*known, strict=True))) if known else math.nan
+            guess = float(np.interp(point.predicted, known[:, 0], known[:, 1])) if len(known) else math.nan
             error = None if point.score is None else point.score.standard_error
             rows.append(
                 {
@@ -287,12 +288,21 @@ class _Search:
                 scores[point.settings] = self._verified(point)
         points = [self._with_score(point, scores.get(point.settings)) for point in points]
         points.sort(key=lambda point: (point.cost, -point.predicted))
-        allowed = [p for p in points if p.score is not None and not math.isnan(p.score) and p.kind != "current"]
-        allowed = [p for p in allowed if p.cost <= limit * (1 + 1e-9)]
-        best = max(allowed, key=lambda p: (float(p.score), p.predicted)) if allowed else chosen  # type: ignore[arg-type]
-        if best.settings != chosen.settings:
-            self.notes.append(f"{best.label} was truly better than the estimate's choice, {chosen.label}.")
+        best = self._best([p for p in points if p.cost <= limit * (1 + 1e-9) and p.kind != "current"], chosen.settings)
         return Front(tuple(points), best, limit, self.cost_name, self.evaluation.name, tuple(self.notes))
+
+    def _best(self, allowed: list[Point], wanted: tuple[tuple[str, str, int], ...]) -> Point:
+        """The estimate's choice, or a verified point whose score is better by more than the standard error."""
+        chosen = next(point for point in allowed if point.settings == wanted)
+        scored = [p for p in allowed if p.score is not None and not math.isnan(p.score)]
+        best = max(scored, key=lambda p: (float(p.score or 0), p.predicted), default=chosen)
+        if chosen.score is None or best is chosen:
+            return best
+        doubt = chosen.score.standard_error or 0.0
+        if float(best.score or 0) <= chosen.score + doubt and not math.isnan(chosen.score):
+            return chosen
+        self.notes.append(f"{best.label} was truly better than the estimate's choice, {chosen.label}.")
+        return best
 
     def _estimate(self, data: Batches) -> tuple[dict[tuple[Key, int], float], float, list[str]]:
         """Noise to signal of the result from each tensor at each width, that of all that stays, and notes."""

@@ -46,9 +46,12 @@ class Stage:
 class StageTree:
     """The finished stages of one working copy, `sim`, which `enter` changes from one state to another."""
 
-    def __init__(self, sim: QuantSim, steering: Steering, store: StageStore, data: Any) -> None:
+    def __init__(
+        self, sim: QuantSim, steering: Steering, store: StageStore, data: Any, within_error: bool = False
+    ) -> None:
         self.sim, self.steering, self.store = sim, steering, store
         self.stages: list[Stage] = []
+        self.within_error = within_error
         self._root = Snapshot(sim)
         self._data = data
 
@@ -91,14 +94,29 @@ class StageTree:
         return [stage for stage, count in zip(possible, forced, strict=True) if count == max(forced)]
 
     def best(self) -> Stage | None:
-        """The candidate of the highest rank; of equal ones the earlier."""
-        return max(self.candidates(), key=lambda stage: rank(stage.record), default=None)
+        """The first of the candidates by `ordered`."""
+        return next(iter(self.ordered(self.candidates())), None)
 
     def top(self, count: int, without: Callable[[Technique], bool]) -> list[Stage]:
         """The best candidates that were built `without` certain techniques; others where there are none."""
         found = self.candidates()
         plain = [s for s in found if not any(a.technique is not None and without(a.technique) for a in s.line)]
-        return sorted(plain or found, key=lambda stage: rank(stage.record), reverse=True)[:count]
+        return self.ordered(plain or found)[:count]
+
+    def ordered(self, stages: list[Stage]) -> list[Stage]:
+        """Best first: by score, equal ones by SQNR, then the earlier.
+
+        With `within_error` all scores within a standard error of the highest count as equal.
+        """
+        ranked = sorted(stages, key=lambda stage: rank(stage.record), reverse=True)
+        if not self.within_error or not ranked:
+            return ranked
+        highest = ranked[0].record
+        error = (highest.high - highest.low) / (2 * 1.96)
+        least = highest.score - (error if math.isfinite(error) else 0.0)
+        close = [stage for stage in ranked if stage.record.score >= least]
+        close.sort(key=lambda stage: rank(stage.record)[::-1], reverse=True)
+        return close + ranked[len(close) :]
 
     def has_forced_ahead(self) -> bool:
         """Whether a person forced something that has not run yet."""

@@ -126,6 +126,37 @@ def test_equal_scores_are_told_apart_by_sqnr(sim):
     assert result.best.sqnr == result.stages.sqnr.max()
 
 
+def test_scores_within_their_error_are_told_apart_by_sqnr_when_asked_for(sim):
+    class Coarse(qlab.Agreement):
+        """States scored early gain a sample by luck."""
+
+        scored = 0
+
+        def of_tallies(self, rows):
+            self.scored += 1
+            share = 0.9 if self.scored in (1, 2, 4) else 0.89
+            return qlab.Measurement(share, 0.03, "share", 100)
+
+    settings = {"target": 0.899, "stop_at_target": False}
+    by_score = auto(**settings).apply(sim, data(), score=Coarse(data()))
+    closest = auto(**settings, within_error=True).apply(sim, data(), score=Coarse(data()))
+    assert by_score.best.score == 0.9
+    assert any("closer to the float model" in note for note in by_score.notes)
+    assert closest.best.score == 0.89
+    assert closest.best.sqnr == closest.stages.sqnr.max() > by_score.best.sqnr + 3
+
+
+def test_an_error_of_the_progress_or_of_the_data_is_no_stage_s_failure(sim):
+    def at(text: str) -> None:
+        if text.startswith("CLE, mse"):
+            raise ZeroDivisionError("the view is gone")
+
+    with pytest.raises(ZeroDivisionError):
+        auto().apply(sim, data(), score=qlab.SQNR(data()), progress=Listening(at))
+    with pytest.raises(InputError):
+        auto().apply(sim, [*data(), data()[0][:, :1]], score=qlab.SQNR(data()))
+
+
 def test_mixed_precision_and_training_join_when_asked_for(sim):
     labelled = [(x, torch.randint(0, 4, (16,))) for x in data()]
     techniques = (*FEW, "MixedPrecision", qlab.QAT(epochs=1, learning_rate=1e-4))
@@ -406,8 +437,10 @@ def test_the_rescaled_mobilenet_at_4_bits_per_tensor_is_no_worse_than_each_techn
     model = qlab.examples.rescale(qlab.examples.mobilenet(), (0.03, 30.0))
     sim = qlab.QuantSim(model, calibration[0], qlab.presets.w4a8())
     sim.calibrate(calibration)
-    result = auto(target=None, allowed_drop=0.0, stop_at_target=False).apply(sim, calibration, score=score)
-    for technique in (qlab.BatchNormFolding(), qlab.CrossLayerEqualization(), qlab.BiasCorrection()):
+    result = qlab.AutoQuant(stop_at_target=False).apply(sim, calibration, score=score)
+    singles = (qlab.BatchNormFolding(), qlab.CrossLayerEqualization(), qlab.BiasCorrection(), qlab.AdaRound())
+    assert any("AdaRound" in stage for stage in result.stages.stage)
+    for technique in singles:
         alone = copy.deepcopy(sim)
         technique.apply(alone, calibration)
         assert float(result.sim.evaluate(score)) >= float(alone.evaluate(score))
