@@ -29,15 +29,18 @@ __version__ = "0.1.0"
 
 # Public name to the module that holds it; None for the module itself.
 _LATER: dict[str, tuple[str, str | None]] = {
+    "AdaRound": ("qlab.techniques", "AdaRound"),
     "AutoQuant": ("qlab.techniques", "AutoQuant"),
     "BatchNormFolding": ("qlab.techniques", "BatchNormFolding"),
     "BatchNormReestimation": ("qlab.techniques", "BatchNormReestimation"),
     "BiasCorrection": ("qlab.techniques", "BiasCorrection"),
     "CrossLayerEqualization": ("qlab.techniques", "CrossLayerEqualization"),
+    "GPTQ": ("qlab.techniques", "GPTQ"),
     "Lab": ("qlab.lab", "Lab"),
     "MixedPrecision": ("qlab.techniques", "MixedPrecision"),
     "QAT": ("qlab.techniques", "QAT"),
     "QuantAnalyzer": ("qlab.analysis", "QuantAnalyzer"),
+    "SequentialMSE": ("qlab.techniques", "SequentialMSE"),
     "Steering": ("qlab.techniques", "Steering"),
     "views": ("qlab.views", None),
     "plots": ("qlab.plots", None),

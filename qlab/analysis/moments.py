@@ -167,11 +167,7 @@ def _add_batch(sim: QuantSim, flat: list[Any], sums: dict[int, MomentSums], quan
             own.add(rows, own.form.rows(args[own.form.operand], index))
         return simulate(sim, layer, args, kwargs)
 
-    training = sim.training
-    sim.eval()
-    try:
+    with sim.evaluating():
         sim.graph.run(flat, record_float)
         if quantized:
             sim.graph.run(flat, record_sim)
-    finally:
-        sim.train(training)

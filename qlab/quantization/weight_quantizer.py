@@ -84,6 +84,11 @@ class WeightQuantizer(Quantizer):
         """Whether the encoding is frozen only because a rounding was chosen for it."""
         return self._frozen and self._held_by_rounding
 
+    @property
+    def is_corrected_by_rounding(self) -> bool:
+        """Whether the bias correction was made for a rounding and goes with it."""
+        return self.bias_correction is not None and self._corrected_by_rounding
+
     def set_rounding(self, codes: Tensor | None, bias_correction: Tensor | None = None) -> None:
         """Uses these integers (shaped as the weight, on the grid) for the weight as it is now; freezes the encoding.
 

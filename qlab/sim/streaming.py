@@ -1,8 +1,8 @@
 """The float model and the sim over all batches together, moving from one layer to the next.
 
-A technique that changes layers one after another needs, at each of them, its inputs in the float model and its inputs in
-the sim as changed so far. `stream` keeps every batch at the same place in the graph, hands out the inputs of the next
-chosen layer, and goes on when asked: the whole walk costs one pass of each model, whatever the number of layers.
+A technique that changes layers one after another needs, at each of them, its inputs in the float model and its inputs
+in the sim as changed so far. `stream` keeps every batch at the same place in the graph, hands out the inputs of the
+next chosen layer, and goes on when asked: the whole walk costs one pass of each model, whatever the number of layers.
 """
 
 import tempfile
@@ -46,6 +46,11 @@ class Stop:
     _states: "list[_State]"
     _walk: "_Walk"
 
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return len(self._states)
+
     def arguments(self) -> Iterator[tuple[Arguments, Arguments]]:
         """(float, quantized) arguments for each batch, in order. May be iterated more than once."""
         for state in self._states:
@@ -85,11 +90,12 @@ def stream(
         reached = 0
         for position, index in enumerate(chosen):
             layer = sim.graph.layers[index]
-            for number, state in enumerate(states):
-                (progress or Silent()).step(position, len(chosen), f"{layer.name}: data, batch {number}")
-                values = state.load()
-                walk.advance(values, reached, index)
-                states[number] = store.keep(values, state)
+            with sim.evaluating():
+                for number, state in enumerate(states):
+                    (progress or Silent()).step(position, len(chosen), f"{layer.name}: data, batch {number}")
+                    values = state.load()
+                    walk.advance(values, reached, index)
+                    states[number] = store.keep(values, state)
             reached = index
             yield Stop(layer, position, len(chosen), states, walk)
 
@@ -106,7 +112,7 @@ Values = tuple[dict[int, Any], dict[int, Any]]
 
 
 class _Walk:
-    """Runs both models from one layer to another, in eval mode and without gradient."""
+    """Runs both models from one layer to another, without gradient."""
 
     def __init__(self, sim: QuantSim, last: int) -> None:
         self._sim = sim
@@ -120,19 +126,14 @@ class _Walk:
     @torch.no_grad()
     def advance(self, values: Values, start: int, stop: int) -> None:
         """Changes `values`: runs the layers from `start` up to, without, `stop`."""
-        sim, training = self._sim, self._sim.training
-        sim.eval()
-        try:
-            for layer in sim.graph.layers[start:stop]:
-                if layer.kind not in ("input", "parameter") and layer.index in self._needed:
-                    given = self._arguments(layer, values)
-                    for side, arguments, call in zip(values, given, (call_layer, self._call), strict=True):
-                        side[layer.index] = call(layer, arguments.args, arguments.kwargs)
-                for free in self._frees.get(layer.index, ()):
-                    for side in values:
-                        side.pop(free, None)
-        finally:
-            sim.train(training)
+        for layer in self._sim.graph.layers[start:stop]:
+            if layer.kind not in ("input", "parameter") and layer.index in self._needed:
+                given = self._arguments(layer, values)
+                for side, arguments, call in zip(values, given, (call_layer, self._call), strict=True):
+                    side[layer.index] = call(layer, arguments.args, arguments.kwargs)
+            for free in self._frees.get(layer.index, ()):
+                for side in values:
+                    side.pop(free, None)
 
     @torch.no_grad()
     def arguments(self, layer: Layer, state: "_State") -> tuple[Arguments, Arguments]:

@@ -25,7 +25,7 @@ class Factor:
 
 def factor_metric(metric: Tensor) -> Factor:
     """The factor of a positive definite metric [B, K, K]; computed in float64, kept in the metric's dtype."""
-    order = torch.diagonal(metric, dim1=1, dim2=2).argsort(1, descending=True, stable=True)
+    order = torch.diagonal(metric, dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     ordered = metric.gather(1, order[:, :, None].expand_as(metric)).gather(2, order[:, None, :].expand_as(metric))
     lower = torch.linalg.cholesky(ordered.double().flip(1, 2))
     return Factor(order, lower.flip(1, 2).to(metric.dtype))
