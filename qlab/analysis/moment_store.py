@@ -18,7 +18,7 @@ class MomentStore:
     @classmethod
     def of(cls, sim: QuantSim) -> "MomentStore":
         """The store that belongs to `sim`. A deep copy of the sim shares the moments; files and pickles leave them."""
-        return vars(sim).setdefault("moment_store", cls())
+        return sim.__dict__.setdefault("moment_store", cls())
 
     @property
     def bytes(self) -> int:

@@ -106,7 +106,8 @@ class MomentSums:
         if not self._rows:
             return None
         sums = (self._gram, self._cross, self._energy, self._float, self._quantized)
-        return Moments(*(total / self._rows for total in sums), self._rows, self._seen)
+        gram, cross, energy, exact, quantized = (total / self._rows for total in sums)
+        return Moments(gram, cross, energy, exact, quantized, self._rows, self._seen)
 
 
 def collect_moments(

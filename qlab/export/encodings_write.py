@@ -31,14 +31,15 @@ def encodings_of(sim: QuantSim) -> Encodings:
 
     A layer that inherits its grid is listed with it. What is switched off or stays float is not listed.
     """
-    activations, parameters = [], []
+    activations: list[Entry] = []
+    parameters: list[Entry] = []
     for layer, _, quantizer in governed(sim):
         entry = entry_of(layer.name, quantizer.required_encoding(), quantizer.scheme)
         (activations if layer.owner is None else parameters).append(entry)
     for name, quantizer in weight_quantizers(sim).items():
         rank = quantizer.weight.dim()
         parameters.append(entry_of(name, quantizer.required_encoding(), quantizer.scheme, rank))
-    biases = {layer.name: entry for layer in sim.graph if (entry := _bias_entry(sim, layer)) is not None}
+    biases = {layer.name: bias for layer in sim.graph if (bias := _bias_entry(sim, layer)) is not None}
     return Encodings(tuple(activations), tuple(parameters), tuple(biases.values()))
 
 

@@ -11,7 +11,7 @@ from qlab.errors import InputError
 def expect(kind: type, value: Any, what: str) -> Any:
     """`value` if it is of that kind."""
     if not isinstance(value, kind):
-        words = {dict: "an object", list: "a list", str: "a text"}
+        words: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
         raise InputError(f"{what} must be {words[kind]}; got {'nothing' if value is None else type(value).__name__}.")
     return value
 

@@ -164,14 +164,15 @@ def encoding_of(entry: Entry, quantizer: Quantizer) -> tuple[Encoding, Scheme]:
     if entry.block_size is not None:
         return _blocks(entry, quantizer, scale, zero_point, qmin, qmax), scheme
     shape = tuple(quantizer.weight.shape) if isinstance(quantizer, WeightQuantizer) else None
-    if scale.dim() == 0 and shape is not None and quantizer.granularity == PER_CHANNEL and shape[quantizer.axis] == 1:
+    axis = quantizer.axis if quantizer.axis is not None else 0
+    if scale.dim() == 0 and shape is not None and quantizer.granularity == PER_CHANNEL and shape[axis] == 1:
         scale, zero_point = (
             scale.reshape(1),
             zero_point.reshape(1),
         )  # one channel, which a file cannot tell from one grid
     if scale.dim() == 0:
         return Encoding(scale, zero_point, qmin, qmax), scheme
-    channels = shape[quantizer.axis] if shape is not None else None
+    channels = shape[axis] if shape is not None else None
     if scale.dim() > 1 or quantizer.axis is None or (channels is not None and len(scale) != channels):
         expected = f"{channels} channels" if channels is not None else "channels"
         raise InputError(f"{entry.label!r} has scales of shape {list(scale.shape)}; the tensor has {expected}.")
@@ -203,7 +204,7 @@ def _blocks(
     assert entry.block_size is not None
     if not isinstance(quantizer, WeightQuantizer) or quantizer.weight.dim() < 2:
         raise InputError(f"{entry.label!r} has blocks; they are for weights.")
-    shape, axis = tuple(quantizer.weight.shape), quantizer.axis % quantizer.weight.dim()  # type: ignore[operator]
+    shape, axis = tuple(quantizer.weight.shape), quantizer.axis % quantizer.weight.dim()
     block_axis = 1 if axis == 0 else 0
     if entry.axis is not None and entry.axis % len(shape) != block_axis:
         raise InputError(f"{entry.label!r} has blocks along axis {entry.axis}; qlab's lie along axis {block_axis}.")

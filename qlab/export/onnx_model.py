@@ -8,7 +8,7 @@ nothing changes, and runtimes see integers on both sides of it.
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -229,7 +229,7 @@ class _Insertion:
     ) -> list["NodeProto"]:
         from onnx import helper
 
-        nodes = []
+        nodes: list[Any] = []
         if clip and not stored.type.is_filled_by(stored.encoding):  # the type saturates later than the grid
             nodes, source = self._clipped(source, stem, stored)
         nodes.append(helper.make_node("QuantizeLinear", [source, *grid], [f"{stem}_q"], **stored.attributes))

@@ -34,7 +34,7 @@ class ParameterNames:
 
     def weight(self, quantizer: WeightQuantizer) -> str:
         """The name of the parameter that `quantizer` belongs to."""
-        return self.of(quantizer.owner, quantizer.attribute)  # type: ignore[arg-type]
+        return self.of(quantizer.owner, quantizer.attribute)
 
 
 def bias_name(layer: Layer) -> str:
@@ -61,7 +61,7 @@ def updated_values(sim: QuantSim) -> dict[str, Tensor]:
         if quantizer.bias_correction is not None and layer.module is not None:
             bias = layer.module.bias
             correction = quantizer.bias_correction
-            values[bias_name(layer)] = correction if bias is None else (bias + correction).detach()  # type: ignore[operator]
+            values[bias_name(layer)] = correction if bias is None else (bias + correction).detach()
     return values
 
 

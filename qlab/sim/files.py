@@ -177,7 +177,7 @@ def _restore(found: dict[str, Any], key: str, tensors: dict[str, Tensor]) -> Qua
         found["fitted"],
         tensors.get(f"{key}.codes"),
         tensors.get(f"{key}.bias_correction"),
-        by_rounding=tuple(found.get("by_rounding", (False, False))),  # type: ignore[arg-type]
+        by_rounding=tuple(found.get("by_rounding", (False, False))),
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.graph import Layer, call_layer, fill
+from qlab.graph.layer_graph import Call
 from qlab.progress import Progress, Silent
 from qlab.sim.batches import Batches
 from qlab.sim.placement import Role
@@ -129,7 +130,8 @@ class _Walk:
         for layer in self._sim.graph.layers[start:stop]:
             if layer.kind not in ("input", "parameter") and layer.index in self._needed:
                 given = self._arguments(layer, values)
-                for side, arguments, call in zip(values, given, (call_layer, self._call), strict=True):
+                calls: tuple[Call, Call] = (call_layer, self._call)
+                for side, arguments, call in zip(values, given, calls, strict=True):
                     side[layer.index] = call(layer, arguments.args, arguments.kwargs)
             for free in self._frees.get(layer.index, ()):
                 for side in values:
@@ -142,7 +144,8 @@ class _Walk:
 
     def _arguments(self, layer: Layer, values: Values) -> tuple[Arguments, Arguments]:
         found = []
-        for side, call in zip(values, (call_layer, self._call), strict=True):
+        calls: tuple[Call, Call] = (call_layer, self._call)
+        for side, call in zip(values, calls, strict=True):
             # Parameters are read when used: a weight may have been rounded since its layer's turn.
             own = {s.index: call(s, (), {}) for s in layer.inputs if s.kind == "parameter"}
             known = {**side, **own} if own else side

@@ -101,7 +101,12 @@ class View(ipywidgets.VBox):
         """Call back, guarded, on every emission until this view closes."""
         call = self.guarded(callback)
         signal.connect(call)
-        self._endings.append(lambda: signal.instance is None or signal.disconnect(call, missing_ok=True))
+
+        def end() -> None:
+            if signal.instance is not None:
+                signal.disconnect(call, missing_ok=True)
+
+        self._endings.append(end)
 
     def redraw_on(self, *signals: SignalInstance) -> None:
         """Call `redraw` after every emission, once the view is shown."""
