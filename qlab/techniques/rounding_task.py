@@ -47,12 +47,13 @@ class RoundingTask:
         moments = self.moments
         assert moments is not None
         gram, cross, weight = moments.gram.double(), moments.cross.double(), self.weight.double()
+        # Moments are sums of float32: eigenvalues below this are noise, such as what is left of constant inputs.
+        smallest = max(float(torch.diagonal(gram, dim1=1, dim2=2).sum(1).max()) * 1e-6, 1e-30)
         if correct_bias and self.takes_bias:
             mean = moments.mean_quantized.double()
             cross = cross - self._float_mean()[:, :, None] * mean[:, None]
             gram = gram - mean[:, :, None] * mean[:, None]
         size = torch.diagonal(gram, dim1=1, dim2=2).mean(1).clamp_min(0)
-        smallest = max(float(size.max()) * 1e-8, 1e-30)
         ridge = (damping * size).clamp_min(smallest)
         metric = gram + torch.diag_embed(ridge[:, None].expand(-1, gram.shape[1]))
         lower = torch.linalg.cholesky(metric)
