@@ -163,7 +163,7 @@ def _is_small_operand(parameter: Layer, user: Layer) -> bool:
 
 def _spec(preset: Preset, kind: str, part: str) -> QuantSpec | None:
     for name, which, spec in preset.kinds:
-        if name == kind and which == part:
+        if name in (kind, "*") and which == part:
             return spec
     return preset.weight if part == "weight" else preset.output
 
@@ -214,6 +214,8 @@ def _place_output(
         return Placed(layer, Role.FUSED, f"one with {followers[layer.name].name!r}")
     if layer.kind == "input" and not preset.quantize_inputs:
         return Placed(layer, Role.FLOAT, "inputs stay in float")
+    if not preset.quantize_outputs and not layer.users:
+        return Placed(layer, Role.FLOAT, "outputs stay in float")
     if layer.kind in SAME_GRID and (inherited := _inherit(layer, placed, known)) is not None:
         return inherited
     spec = _spec(preset, layer.kind, "output")

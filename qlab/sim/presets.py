@@ -1,5 +1,6 @@
 """Presets: what a target asks of a model, as plain values. Edit one with `dataclasses.replace`, or write your own."""
 
+import os
 from dataclasses import dataclass, field, replace
 
 from qlab.quantization import PER_CHANNEL, PER_TENSOR, QuantSpec, Scheme
@@ -27,9 +28,10 @@ class Preset:
 
     name: shown to the person. weight, output: specs for weights and activations. skip: globs of layer names that stay
     float. supergroups: sequences of kinds that share the last one's output quantizer. kinds: overrides for a kind, as
-    (kind, 'weight' or 'output', spec or None for float). float_kinds: kinds whose output stays float. share_cat:
-    inputs of a concatenation share one grid. quantize_inputs: model inputs are quantized. int32_bias: layers are
-    computed as integer kernels do, with biases rounded to int32 (scale input * weight) and exact sums.
+    (kind, 'weight' or 'output', spec or None for float); the first that fits counts, and the kind '*' is any.
+    share_cat: inputs of a concatenation share one grid. quantize_inputs, quantize_outputs: whether those of the model
+    are quantized. int32_bias: layers are computed as integer kernels do, with biases rounded to int32 (scale input *
+    weight) and exact sums. advice: what a person should know of the preset.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Preset:
     kinds: tuple[tuple[str, str, QuantSpec | None], ...] = ()
     share_cat: bool = True
     quantize_inputs: bool = True
+    quantize_outputs: bool = True
     int32_bias: bool = False
     advice: str = field(default="", compare=False)
 
@@ -108,6 +111,19 @@ def onnxruntime(
     highest = preset.output.limits()[1]
     softmax = replace(preset.output, known_range=(0.0, highest / (highest + 1)))
     return replace(preset, kinds=(("softmax", "output", softmax),))
+
+
+def from_aimet(
+    path: str | os.PathLike[str], output_bits: int = 8, weight_bits: int = 8, rule: str = "min_max"
+) -> Preset:
+    """The placement rules of an AIMET configuration file (JSON). Raises InputError, saying where, if it is not one.
+
+    output_bits, weight_bits, rule: what AIMET is given beside the file. Strict and unsigned symmetric grids are taken
+    over too. `advice` of the result names the settings that have no counterpart here.
+    """
+    from qlab.sim.aimet_config import preset_of_config
+
+    return preset_of_config(path, output_bits, weight_bits, rule)
 
 
 def _preset(

@@ -10,9 +10,8 @@ from torch import nn
 
 import qlab
 from qlab.errors import InputError, UnknownLayer
-from tests.export.conftest import RECORDED
+from tests.reference import GRANULARITIES, RECORDED, recorded
 
-GRANULARITIES = ["per_tensor", "per_channel"]
 FORMS = ["0.6.1", "1.0.0", "2.0.0", "torch"]
 NAMES = {"0.6.1": {"t.1": "x", "29": "fc"}}  # sorted by name, such a file does not tell which is which
 
@@ -23,14 +22,14 @@ def recorded_file(granularity, form):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_recorded_file_gives_the_recorded_simulated_output(reference_sim, recorded, granularity, form):
+def test_a_recorded_file_gives_the_recorded_simulated_output(reference_sim, granularity, form):
     sim = reference_sim(granularity)
     loaded = sim.load_encodings(recorded_file(granularity, form), names=NAMES.get(form))
     assert not loaded.unmatched
     assert not loaded.untouched
     step = sim["fc"].output.encoding.scale.item()
-    wanted = recorded[f"sim_output_{granularity}"]
-    torch.testing.assert_close(sim.output(recorded["input"]), wanted, rtol=0, atol=step * 1e-3)
+    wanted = recorded()[f"sim_output_{granularity}"]
+    torch.testing.assert_close(sim.output(recorded()["input"]), wanted, rtol=0, atol=step * 1e-3)
 
 
 def test_names_that_a_sorted_file_made_up_are_listed_and_not_guessed(reference_sim):
@@ -242,7 +241,7 @@ HOSTILE = {
     "an offset between integers": (small_file({"name": "norm", "offset": [-1.5]}), "whole numbers"),
     "an offset outside the grid": (small_file({"name": "norm", "offset": [-300]}), "outside 8 bits"),
     "an offset no symmetric grid has": (small_file({"name": "norm", "is_sym": True, "offset": [-5]}), "offset"),
-    "a number without end": (json.dumps(small_file({"name": "norm", "bw": 0})).replace(": 0", ":" + "9" * 5000), ""),
+    "a number without end": ('{"version": "1.0.0", "bw": ' + "9" * 5000 + "}", "usable"),
     "a million bits": (small_file({"name": "norm", "bw": 1_000_000}), "bits"),
     "32 bits for an activation": (small_file({"name": "norm", "bw": 32, "offset": [0]}), "32 bits"),
     "bits as text": (small_file({"name": "norm", "bw": "8"}), "bits"),
