@@ -200,7 +200,7 @@ def test_a_range_is_typed_and_a_channel_clicked(notebook, dashboard):
     notebook.screenshot("workbench_channel")
 
 
-@pytest.mark.skip(reason="fills the form of the technique before; it must wait for the new form")
+@pytest.mark.skip(reason="failed when last run; cause not found")
 def test_a_technique_refuses_runs_and_reports(notebook, dashboard):
     show(dashboard, "Techniques")
     dashboard.get_by_label("Technique", exact=True).select_option("CrossLayerEqualization")
@@ -219,7 +219,7 @@ def test_a_technique_refuses_runs_and_reports(notebook, dashboard):
     notebook.screenshot("workbench_technique")
 
 
-@pytest.mark.skip(reason="fills the form of the technique before; it must wait for the new form")
+@pytest.mark.skip(reason="failed when last run; cause not found")
 def test_a_technique_of_a_cell_appears_pauses_and_is_cancelled(notebook, dashboard, measure):
     show(dashboard, "Techniques")
     notebook.run(SLOW)

@@ -149,9 +149,7 @@ def test_comparing_two_steps_names_each_difference(lab: qlab.Lab) -> None:
     assert lab.compare(1, 0)["after"].iloc[0] == 8
 
 
-@pytest.mark.skip(
-    reason="resident memory of a shared test process moves with its neighbours; needs a process of its own"
-)
+@pytest.mark.skip(reason="kept 699 large tensors, limit 200, in the whole suite; passes alone; cause not found")
 def test_a_thousand_edits_leave_memory_and_listeners_as_they_were(lab: qlab.Lab) -> None:
     calls: list[int] = []
     lab.events.edited.connect(lambda names: calls.append(1))
