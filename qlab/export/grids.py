@@ -26,6 +26,7 @@ class IntegerType:
     def holding(cls, encoding: Encoding) -> "IntegerType":
         """The narrowest type of 4, 8 or 16 bits that holds the grid.
 
+        >>> import torch
         >>> IntegerType.holding(Encoding(torch.tensor(1.0), torch.tensor(0.0), -32, 31)).name
         'int8'
         """
@@ -60,6 +61,7 @@ class IntegerType:
 def offset_of(encoding: Encoding) -> Tensor:
     """AIMET's offset, shaped as the scale: minus the zero point counted from the smallest integer of the grid.
 
+    >>> import torch
     >>> int(offset_of(Encoding(torch.tensor(1.0), torch.tensor(0.0), -128, 127)))
     -128
     >>> int(offset_of(Encoding(torch.tensor(1.0), torch.tensor(3.0), 0, 255)))
@@ -91,6 +93,7 @@ def limits_of_offset(bits: int, symmetric: bool, offset: int) -> tuple[int, int]
 def shifted_to_unsigned(zero_point: Tensor, stored: IntegerType) -> Tensor:
     """The zero point counted from 0 of one that is counted from the smallest integer of `stored`.
 
+    >>> import torch
     >>> shifted_to_unsigned(torch.tensor(-3.0), IntegerType(8, True)).item()
     125.0
     """
