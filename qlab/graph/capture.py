@@ -5,15 +5,11 @@ calls that module again, under the user's name; what remains are functions, name
 The model itself is never changed: capture works on a deep copy.
 """
 
-import contextlib
-import inspect
-import logging
 import operator
 import re
-import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +36,7 @@ from qlab.graph.example import (
     tensors_of,
 )
 from qlab.graph.layer_graph import Layer, LayerGraph, call_layer
+from qlab.graph.tracing import exported, is_users, size_of
 
 
 def capture(model: nn.Module, example: Any, dynamic: Sequence[int] = ()) -> LayerGraph:
@@ -63,7 +60,7 @@ def capture(model: nn.Module, example: Any, dynamic: Sequence[int] = ()) -> Laye
             "lists, dicts or dataclasses of them."
         )
     with readable_forward(own, kwargs, reference):
-        program = _export(own, args, kwargs, dynamic)
+        program = exported(own, args, kwargs, dynamic)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flat = program.run_decompositions({}).module(check_guards=False)
@@ -74,109 +71,6 @@ def capture(model: nn.Module, example: Any, dynamic: Sequence[int] = ()) -> Laye
     graph.left_out = left_out
     _verify(graph, args, kwargs, readable(reference))
     return graph
-
-
-@contextlib.contextmanager
-def _quiet_logs() -> Iterator[None]:
-    """Export logs what it raises; the error says it once, in the user's words."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx", "torch.export", "torch._dynamo")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-
-
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Sequence[int]
-) -> torch.export.ExportedProgram:
-    first: Exception | None = None
-    for batch_axis in (torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO):
-        # AUTO: a tensor may have its batch on another axis, or the batch's size by chance.
-        try:
-            program = _traced(model, args, kwargs, dynamic_shapes(model, args, kwargs, dynamic, batch_axis))
-        except Exception as error:
-            first = first or error
-            if not _is_about_sizes(error):
-                raise CaptureError(_explain(model, first)) from error
-        else:
-            if first is None or _has_free_axis(program):
-                return program
-    assert first is not None
-    raise CaptureError(_explain(model, first)) from first
-
-
-def _traced(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
-) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), torch.no_grad(), without_fused_attention(), _quiet_logs():
-        warnings.simplefilter("ignore")
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-
-
-def dynamic_shapes(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic: Sequence[int] = (),
-    batch_axis: Any = torch.export.Dim.DYNAMIC,
-) -> dict[str, Any]:
-    """For each parameter of `forward` which axes are free: the first where its size is the batch's, and `dynamic`."""
-    batch = next(tensor.shape[0] for tensor in tensors_of((args, kwargs)) if tensor.dim())
-
-    def shape(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return None
-        axes = {0: batch_axis} if value.dim() and value.shape[0] == batch else {}
-        return axes | {axis: torch.export.Dim.DYNAMIC for axis in dynamic if 0 < axis < value.dim()}
-
-    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return {name: pytree.tree_map(shape, value) for name, value in given.items()}
-
-
-def _is_about_sizes(error: Exception) -> bool:
-    """Whether export failed because the code fixes a size that was declared free."""
-    text = str(error).lower()
-    return "ConstraintViolation" in type(error).__name__ or any(w in text for w in ("constraint", "specialized"))
-
-
-def _has_free_axis(program: torch.export.ExportedProgram) -> bool:
-    values = [_value(node) for node in program.graph.nodes if node.op == "placeholder"]
-    return any(_size(d) is None for value in values if isinstance(value, Tensor) for d in value.shape)
-
-
-def _explain(model: nn.Module, error: Exception) -> str:
-    """What went wrong in the user's words: file, line, cause and what to do."""
-    where = ""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if "/torch/" not in frame.filename and "/qlab/graph/" not in frame.filename and frame.line:
-            where = f" at {frame.filename}:{frame.lineno} ({frame.line.strip()})"
-            break
-    text = str(error)
-    if not where and (match := re.search(r'File "([^"]+)", line (\d+), in (\w+)', text)):
-        where = f" at {match[1]}:{match[2]}"
-    name = type(error).__name__
-    if "DataDependent" in name or "data-dependent" in text.lower() or "unbacked" in text.lower():
-        cause, advice = (
-            "the code branches on the values of a tensor",
-            "Replace the branch by torch.where or torch.cond, or move it out of forward. ",
-        )
-    elif _is_about_sizes(error):
-        cause, advice = (
-            "the code fixes a size that must stay free (the batch size, or an axis in `dynamic`)",
-            "Use x.shape[0] and -1 in view and reshape instead of numbers. A batch on another axis than the first is "
-            "named by dynamic=(1,). ",
-        )
-    else:
-        cause, advice = "torch.export cannot follow the code", ""
-    first = next((line for line in text.splitlines() if line.strip()), name)
-    return (
-        f"{type(model).__name__} cannot be captured{where}: {cause}. {advice}"
-        f"qlab.validate(model, example) lists every such place. [{name}: {first.strip()[:300]}]"
-    )
 
 
 # From the exported program to layers ----------------------------------------------------------------------------------
@@ -366,20 +260,15 @@ def _value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
-def _size(dimension: Any) -> int | None:
-    """The size of one axis, None where it is free."""
-    return dimension if isinstance(dimension, int) else dimension.node.maybe_as_int()
-
-
 def _describe(layer: Layer, node: fx.Node) -> None:
     value = _value(node)
     if layer.owner is not None:
         value = getattr(layer.owner, layer.attribute)
     if isinstance(value, Tensor):
-        layer.shape = tuple(map(_size, value.shape))
+        layer.shape = tuple(map(size_of, value.shape))
         layer.dtype = value.dtype
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [f"{file}:{line}" for file, line in frames if "/torch/" not in file] or [f"{f}:{n}" for f, n in frames]
+    own = [f"{file}:{line}" for file, line in frames if is_users(file)] or [f"{f}:{n}" for f, n in frames]
     layer.location = own[-1] if own else ""
 
 

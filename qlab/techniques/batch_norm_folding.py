@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from qlab.graph import FoldedNorm, Layer, LayerGraph
+from qlab.graph import FoldedNorm, Layer
 from qlab.graph.batch_norm import BatchNorm
-from qlab.graph.kernel import Kernel, kernel_of
-from qlab.graph.patterns import Path, Uses, follow
+from qlab.graph.folding import folding_obstacle, kernel_after, kernel_before
+from qlab.graph.patterns import Uses
 from qlab.progress import Progress
 from qlab.settings import setting
 from qlab.sim import QuantSim
@@ -71,12 +71,12 @@ class BatchNormFolding(Technique):
         """
         name = norm.layer.name
         row = {"layer": name, "into": "", "direction": "", "grid": "", "factors": "", "reason": ""}
-        if reason := _obstacle(sim.graph, norm):
+        if reason := folding_obstacle(sim.graph, norm):
             return row | {"reason": reason}
         sizes = norm.factor.abs()
         row["factors"] = f"{float(sizes.min()):.2g} to {float(sizes.max()):.2g}"
         uses = Uses(sim.graph)
-        before = _before(uses, norm)
+        before = kernel_before(uses, norm)
         if not isinstance(before, str):
             kernel, passed = before
             bias = kernel.bias
@@ -86,7 +86,7 @@ class BatchNormFolding(Technique):
             changed, values_of, direction = [kernel.layer, *passed], norm.layer, "backward"
             known = FoldedNorm(norm.beta, norm.gamma.abs())
         else:
-            after = _after(uses, norm)
+            after = kernel_after(uses, norm)
             if isinstance(after, str):
                 return row | {"reason": f"{before}; {after}"}
             kernel, repeat = after.second, after.repeat
@@ -103,51 +103,3 @@ class BatchNormFolding(Technique):
             if layer is norm.layer or layer.name in sim.graph.folded:
                 sim.graph.folded[layer.name] = known
         return row | {"into": kernel.name, "direction": direction, "grid": rescaled.grid}
-
-
-def _obstacle(graph: LayerGraph, norm: BatchNorm) -> str:
-    """Why the norm is no constant factor and shift of its own; '' where it is."""
-    if not norm.has_statistics:
-        return "it keeps no running statistics and normalises by the batch"
-    module = norm.layer.module
-    if module is not None and module.training:
-        return "it is in training mode and normalises by the batch: run sim.eval() first"
-    if module is not None and (calls := sum(layer.module is module for layer in graph)) > 1:
-        return f"it is called {calls} times"
-    return ""
-
-
-def _before(uses: Uses, norm: BatchNorm) -> tuple[Kernel, list[Layer]] | str:
-    """The kernel that alone feeds the norm and the identities between; or why there is none that could take it."""
-    source = norm.layer.args[0]
-    passed: list[Layer] = []
-    while True:
-        if isinstance(reason := uses.only_user(source), str):
-            return reason
-        if source.kind != "identity":
-            break
-        passed.append(source)
-        source = source.args[0]
-    kernel = kernel_of(source)
-    if kernel is None:
-        return f"{source.name!r} ({source.title}) stands before it"
-    if reason := uses.sharing(kernel):
-        return reason
-    if kernel.channel_axis != 1:
-        return f"{kernel.name!r} has its channels on another axis"
-    return (kernel, passed) if kernel.can_take_bias else f"{kernel.name!r} is a function without a bias"
-
-
-def _after(uses: Uses, norm: BatchNorm) -> Path | str:
-    """The path to the kernel that alone takes the norm's channels; or why none can take it exactly."""
-    path = follow(uses, norm.layer, axis=1)
-    if isinstance(path, str):
-        return path
-    for layer in path.between:
-        if layer.kind not in ("identity", "reshape", "transpose"):
-            return f"{layer.name!r} ({layer.title}) follows"
-    if not path.second.can_take_bias:
-        return f"{path.second.name!r} is a function without a bias"
-    if path.second.pads_with_zeros and bool((norm.shift != 0).any()):
-        return f"{path.second.name!r} pads with zeros, which the shift would miss"
-    return path
