@@ -200,6 +200,11 @@ class Lab:
         return self._state.history.position
 
     @property
+    def action(self) -> str:
+        """What led to the present state, in one line."""
+        return self._state.history.current.label
+
+    @property
     def can_undo(self) -> bool:
         """Whether `undo` has somewhere to go."""
         return self.step > 0 and self._state.history.is_reachable(self.step - 1)

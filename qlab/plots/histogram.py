@@ -125,7 +125,8 @@ class HistogramFigure(Plot):
             self._below.update(right=self.clip.left, visible=True)
             self._above.update(left=self.clip.right, visible=True)
         edges = [*left[:1], *right[-1:], *(clip or ())]
-        if edges:
+        is_dragged = clip is None and self.clip.visible  # the axis must not move under the hand
+        if edges and not is_dragged:
             theme.set_range(self.figure.x_range, *theme.padded(min(edges), max(edges), 0.03))
         self._say_headline()
 

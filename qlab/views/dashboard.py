@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import ipywidgets
 
+from qlab.errors import Busy
 from qlab.lab import Lab
 from qlab.views.histogram import Histogram
 from qlab.views.job_panel import JobPanel
@@ -11,7 +12,7 @@ from qlab.views.layer_table import LayerTable
 from qlab.views.layers import Layers
 from qlab.views.score import Score
 from qlab.views.tabs import tabs_of
-from qlab.views.view import View, escape
+from qlab.views.view import View, escape, views_within
 
 
 class Dashboard(View):
@@ -33,6 +34,7 @@ class Dashboard(View):
         self._tabs.titles = tuple(entry.title for entry in self._entries)
         self._tabs.observe(self.guarded(lambda _: self._open()), "selected_index")
         self.listen(lab.events.history_changed, self._history_changed)
+        self.listen(lab.events.job_ended, lambda _: _forget_refusals(self))
         self._history_changed()
         past = ipywidgets.HBox(
             [self._undo, self._redo, self._title], layout=ipywidgets.Layout(align_items="center", flex_flow="row wrap")
@@ -100,5 +102,12 @@ class Dashboard(View):
     def _history_changed(self) -> None:
         lab = self._lab
         self._undo.disabled, self._redo.disabled = not lab.can_undo, not lab.can_redo
-        action = lab.history["action"].iloc[lab.step]
-        self._title.value = f"<small class='qlab-quiet'>step {lab.step}: {escape(action)}</small>"
+        self._title.value = f"<small class='qlab-quiet'>step {lab.step}: {escape(lab.action)}</small>"
+
+
+def _forget_refusals(view: View) -> None:
+    """What was refused while a job ran would be granted now."""
+    if isinstance(view.frame.error, Busy):
+        view.frame.clear()
+    for inner in views_within(view):
+        _forget_refusals(inner)

@@ -239,14 +239,16 @@ class Grid {
   patch(cells, answered, notice) {
     const waiting = this.pending.get(answered) ?? [];
     this.pending.delete(answered);
+    const different = [];
     for (const [name, changed] of Object.entries(cells)) {
       const index = this.table.columns.findIndex((column) => column.name === name);
       for (const row of Object.keys(changed)) {
         const cell = this.rows[row]?.cells[index];
         if (cell === undefined || cell.querySelector("select, input:not([type=checkbox])")) continue;
-        if (this.fill(cell, Number(row), index)) flash(cell);
+        if (this.fill(cell, Number(row), index)) different.push(cell);
       }
     }
+    flash(different);
     for (const cell of waiting) this.fill(cell, cell.parentNode.row, cell.cellIndex); // a refused edit: the old value
     if (notice !== undefined) this.showStatus(notice);
   }
@@ -607,10 +609,10 @@ function numbered(model) {
 
 const isSelected = (line) => line.getAttribute("aria-selected") === "true";
 
-function flash(cell) {
-  cell.classList.remove("qlab-flash");
-  void cell.offsetWidth; // lets the animation start again
-  cell.classList.add("qlab-flash");
+function flash(cells) {
+  for (const cell of cells) cell.classList.remove("qlab-flash");
+  void cells[0]?.offsetWidth; // one layout for all lets their animations start again
+  for (const cell of cells) cell.classList.add("qlab-flash");
 }
 
 export default () => {

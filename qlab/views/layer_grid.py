@@ -49,6 +49,11 @@ class Column:
         """Title with its group, as a sentence names it."""
         return " ".join(filter(None, (self.group, self.title or self.name)))
 
+    @property
+    def is_numeric(self) -> bool:
+        """Whether it is meant for numbers, though none may be known yet."""
+        return bool(self.format) or self.bar is not None
+
     def text(self, value: Scalar) -> str:
         """The value as the cell shows it.
 
@@ -200,7 +205,7 @@ class LayerGrid(LiveWidget):
                     "bar": column.bar,
                     "help": column.help,
                     "editor": describe(column.editor),
-                    "numeric": any(_is_number(value) for value in self._values[column.name]),
+                    "numeric": column.is_numeric or any(_is_number(value) for value in self._values[column.name]),
                 }
                 for column in self.columns
             ],

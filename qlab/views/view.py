@@ -143,7 +143,7 @@ class View(ipywidgets.VBox):
     @is_shown.setter
     def is_shown(self, is_shown: bool) -> None:
         self._is_shown = is_shown
-        for view in _views_within(self):
+        for view in views_within(self):
             view.is_shown = is_shown
         if is_shown and self._is_stale:
             self.guarded(self.redraw_soon)()
@@ -183,13 +183,14 @@ def _words(name: str) -> str:
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
 
 
-def _views_within(box: ipywidgets.Box) -> list[View]:
+def views_within(box: ipywidgets.Box) -> list[View]:
+    """The views that a box shows, not those that these show."""
     found: list[View] = []
     for child in box.children:
         if isinstance(child, View):
             found.append(child)
         elif isinstance(child, ipywidgets.Box):
-            found += _views_within(child)
+            found += views_within(child)
     return found
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,7 +155,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("jupyterlab")
+    with running_jupyterlab(tmp_path_factory.mktemp("jupyterlab")) as server:
+        yield server
+
+
+@contextmanager
+def running_jupyterlab(folder: Path) -> Iterator[Server]:
+    """A JupyterLab that ends with the context, all it writes in `folder`."""
     private = ("CONFIG", "DATA", "RUNTIME")
     environment = {
         **os.environ,
@@ -203,18 +210,8 @@ def open_notebook(jupyterlab: Server, chromium: Browser) -> Iterator[Callable[[l
     opened: list[Notebook] = []
 
     def open_(cells: list[str]) -> Notebook:
-        context = chromium.new_context(viewport={"width": 1300, "height": 1000})
-        notebook = Notebook(context.new_page(), jupyterlab)
+        notebook = new_notebook(chromium, jupyterlab, cells)
         opened.append(notebook)
-        context.route("**/*", lambda route: _keep_inside(route, notebook))
-        notebook.page.on("pageerror", lambda error: notebook.errors.append(str(error)))
-        notebook.page.on("websocket", lambda socket: _note_outside(socket.url, notebook))
-        name = f"{secrets.token_hex(4)}.ipynb"
-        content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-        content.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(content, jupyterlab.notebooks / name)
-        notebook.page.goto(f"{jupyterlab.url}/lab/tree/{name}?reset&token={jupyterlab.token}")
-        notebook.idle()
         notebook.command("notebook:run-all-cells")
         notebook.command("application:toggle-left-area")
         return notebook
@@ -224,6 +221,22 @@ def open_notebook(jupyterlab: Server, chromium: Browser) -> Iterator[Callable[[l
         notebook.page.context.close()
     for session in json.loads(jupyterlab.request("/api/sessions")):
         jupyterlab.request(f"/api/sessions/{session['id']}", "DELETE")
+
+
+def new_notebook(chromium: Browser, jupyterlab: Server, cells: list[str]) -> Notebook:
+    """A notebook of these cells in a page of its own, its kernel ready and nothing run."""
+    context = chromium.new_context(viewport={"width": 1300, "height": 1000})
+    notebook = Notebook(context.new_page(), jupyterlab)
+    context.route("**/*", lambda route: _keep_inside(route, notebook))
+    notebook.page.on("pageerror", lambda error: notebook.errors.append(str(error)))
+    notebook.page.on("websocket", lambda socket: _note_outside(socket.url, notebook))
+    name = f"{secrets.token_hex(4)}.ipynb"
+    content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    content.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(content, jupyterlab.notebooks / name)
+    notebook.page.goto(f"{jupyterlab.url}/lab/tree/{name}?reset&token={jupyterlab.token}")
+    notebook.idle()
+    return notebook
 
 
 @pytest.fixture
