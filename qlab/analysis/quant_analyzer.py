@@ -153,7 +153,7 @@ class QuantAnalyzer:
             ledger.keep_first(stopper.batches)
             notes.append(f"stopped after {stopper.batches} batches: the ranking is stable.")
         if workers is not None and workers.lost:
-            notes.append(f"{workers.lost} pieces were lost by workers and computed again here.")
+            notes.append(f"{workers.lost} pieces of work were lost by workers and were computed here: {workers.reason}")
         if ledger.notes:
             notes.append(f"{len(ledger.notes)} cases have no score; their rows say why.")
         samples = ledger.row(Case("float")).samples

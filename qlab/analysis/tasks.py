@@ -21,7 +21,7 @@ from qlab.errors import Cancelled
 from qlab.sim import Evaluation, PerSample, QuantSim
 from qlab.sim.transport import from_bytes, to_bytes
 
-IN_FLIGHT = 16  # pieces sent at once: their batches are in memory
+IN_FLIGHT = 16  # pieces sent at once: their batches, and the sim with each, are in memory
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,17 @@ def _outcome(sim: QuantSim, piece: Piece, case: Case, reference: list[Any], outp
 class Workers:
     """Runs pieces on an executor (concurrent.futures or alike), the sim sent along as bytes.
 
-    `lost` counts the pieces that a worker took along and that were computed here instead.
+    `lost` counts the pieces that a worker took along and that were computed here instead; `reason` says why the last.
     """
 
     def __init__(self, executor: Executor, sweep: Sweep, sim: QuantSim, max_bytes: int) -> None:
         self.lost = 0
+        self.reason = ""
         self._executor = executor
         self._sweep = sweep
         self._package = to_bytes((sim, tuple(sweep.cases), max_bytes, torch.get_num_threads()))
         self._key = hashlib.sha256(self._package).hexdigest()
+        self._in_flight = min(IN_FLIGHT, max(2, max_bytes // len(self._package)))
 
     def run(self, pieces: Iterator[Piece], waiting: Callable[[], None]) -> Generator[list[Outcome], None, None]:
         """The outcomes of each piece, in the order in which they arrive. waiting: called often; may raise to stop."""
@@ -90,7 +92,7 @@ class Workers:
         try:
             for piece in pieces:
                 yield from self._send(piece, pending)
-                while len(pending) >= IN_FLIGHT:
+                while len(pending) >= self._in_flight:
                     yield from self._arrived(pending, waiting)
             while pending:
                 yield from self._arrived(pending, waiting)
@@ -102,8 +104,8 @@ class Workers:
         data = to_bytes(piece)
         try:
             pending[self._executor.submit(_work, self._key, self._package, data)] = piece
-        except RuntimeError:  # the pool is broken or closed
-            yield self._here(piece)
+        except RuntimeError as error:  # the pool is broken or closed
+            yield self._here(piece, error)
 
     def _arrived(self, pending: dict["Future[bytes]", Piece], waiting: Callable[[], None]) -> Iterator[list[Outcome]]:
         done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -114,14 +116,15 @@ class Workers:
                 outcomes, work = from_bytes(future.result())
             except Cancelled:
                 raise
-            except Exception:  # noqa: BLE001  computed again here; if the piece itself is at fault, that raises
-                yield self._here(piece)
+            except Exception as error:  # noqa: BLE001  computed again here; if the piece itself is at fault, that raises
+                yield self._here(piece, error)
                 continue
             self._sweep.work += work
             yield outcomes
 
-    def _here(self, piece: Piece) -> list[Outcome]:
+    def _here(self, piece: Piece, error: Exception) -> list[Outcome]:
         self.lost += 1
+        self.reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         return list(run_piece(self._sweep, piece))
 
 
