@@ -61,7 +61,7 @@ def mixed() -> None:
             f"\n{name}, per tensor, at the size of 6 bits: uniform {uniform.evaluate(noise)}, {uniform.evaluate(score)}"
         )
         layers = sum(layer.weight is not None for layer in sim.layers.values())
-        for bits in ((4, 8, 16), (4, 6, 8), (4, 5, 6, 7, 8)):
+        for bits in ((4, 8, 16), (4, 6, 8, 16), qlab.MixedPrecision().bits):
             twin = copy.deepcopy(sim)
             with counted() as images:
                 report = qlab.MixedPrecision(bits=bits, budget=6.0, verify=0).apply(twin, calibration, score=noise)

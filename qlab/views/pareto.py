@@ -46,7 +46,9 @@ class Pareto(View):
         self._job: Job | None = None
         self._moment: Moment = ()
         self._is_drawing = False
-        self._bits = ipywidgets.Text(value="4, 8, 16", description="bits", tooltip="widths to choose from")
+        self._bits = ipywidgets.Text(
+            value=", ".join(map(str, MixedPrecision().bits)), description="bits", tooltip="widths to choose from"
+        )
         self._budget = ipywidgets.FloatText(value=6.0, description="budget", tooltip="bits throughout of equal cost")
         self._metric = ipywidgets.Dropdown(options=list(METRICS), description="cost")
         for widget, label, width in (

@@ -202,15 +202,25 @@ def test_at_the_size_of_6_bits_it_beats_6_bits_with_a_fifth_of_the_forwards(monk
     uniform.configure("*", weight={"bits": 6})
     uniform_score = uniform.evaluate(judge)
     layers = sum(layer.weight is not None for layer in sim.layers.values())
-    widths = (4, 5, 6, 7, 8)
 
     work = Images(monkeypatch)
-    report = qlab.MixedPrecision(bits=widths, budget=6.0, verify=0).apply(sim, calibration, score=judge)
-    one_by_one = layers * len(widths) * len(digits.test_images)
+    report = qlab.MixedPrecision(budget=6.0).apply(sim, calibration, score=judge)
+    one_by_one = layers * len(qlab.MixedPrecision().bits) * len(digits.test_images)
     assert work.forwards + work.backwards <= one_by_one / 5
     assert report.values["cost"] <= report.values["budget"]
     score = sim.evaluate(judge)
     assert float(score) > float(uniform_score) + 2 * uniform_score.standard_error
+
+
+def test_widths_too_coarse_for_the_budget_are_said_with_what_one_width_would_reach():
+    sim, batches = three_layers()
+    uniform = with_bits(sim, (5, 5, 5)).evaluate(qlab.SQNR(batches))
+    coarse = qlab.MixedPrecision(bits=(2, 8), budget=5.0).front(sim, batches)
+    assert float(coarse.chosen.score) < uniform
+    assert any(f"5 bits throughout cost the same and are better, SQNR {uniform} " in note for note in coarse.notes)
+    fine = qlab.MixedPrecision(bits=(2, 5, 8), budget=5.0).front(sim, batches)
+    assert not any("throughout" in note for note in fine.notes)
+    assert float(fine.chosen.score) >= uniform - uniform.standard_error
 
 
 class Images:
