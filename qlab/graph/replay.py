@@ -168,7 +168,7 @@ class Replay:
 
     def _share(self, run: list[bool]) -> float:
         """The share of the graph's work that the layers to run stand for."""
-        return sum(share for share, runs in zip(self._shares, run, strict=True) if runs)
+        return min(sum(share for share, runs in zip(self._shares, run, strict=True) if runs), 1.0)
 
 
 def _bytes(value: Any) -> int:
