@@ -4,20 +4,24 @@ Settings may be changed at any time; the encoding follows from the statistics, w
 the encoding comes from a `LearnedRange` instead.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlab.errors import NotCalibrated, SpecError
+from qlab.errors import NotCalibrated, SpecError, nearest
 from qlab.quantization.encoding import Encoding
 from qlab.quantization.fake_quantize import fake_quantize, fake_quantize_
 from qlab.quantization.learned_range import LearnedRange
 from qlab.quantization.ranges import encoding_of_range, find_encoding
 from qlab.quantization.spec import Granularity, QuantSpec, RangeRule, Scheme
 from qlab.quantization.statistics import Sample, Statistics
+
+SETTINGS = (*QuantSpec.__dataclass_fields__, "enabled", "frozen")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +53,13 @@ class Quantizer(nn.Module):
     `version` grows with every change that can alter a result; caches compare it.
     """
 
+    name: str
+    axis: int | None
+    version: int
     scale: Tensor | None
     zero_point: Tensor | None
     limits: Tensor | None
+    learned: LearnedRange | None
 
     def __init__(self, spec: QuantSpec, name: str, axis: int | None = None) -> None:
         super().__init__()
@@ -66,9 +74,15 @@ class Quantizer(nn.Module):
         self._encoding: Encoding | None = None
         for buffer in ("scale", "zero_point", "limits"):
             self.register_buffer(buffer, None)
-        self.learned: LearnedRange | None = None
+        self.learned = None
         if spec.known_range is not None:
             self.refresh()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what the class declares; raises SpecError for a setting misspelt, which would change nothing."""
+        if not name.startswith("_") and name not in _declared(type(self)):  # type: ignore[arg-type]
+            raise SpecError(f"a quantizer has no setting {name!r}. {nearest(name, SETTINGS)}")
+        super().__setattr__(name, value)
 
     # Settings ---------------------------------------------------------------------------------------------------------
 
@@ -94,12 +108,9 @@ class Quantizer(nn.Module):
 
     def set(self, **fields: Any) -> None:
         """Changes several settings at once: bits, scheme, granularity, rule, known_range, enabled, frozen."""
-        unknown = set(fields) - {*QuantSpec.__dataclass_fields__, "enabled", "frozen"}
+        unknown = sorted(set(fields) - set(SETTINGS))
         if unknown:
-            raise SpecError(
-                f"{sorted(unknown)} are not settings of a quantizer; known are bits, scheme, granularity, rule, "
-                "known_range, enabled, frozen."
-            )
+            raise SpecError(f"{unknown} are not settings of a quantizer; known are {', '.join(SETTINGS)}.")
         asked = {key: fields.pop(key) for key in tuple(fields) if key in QuantSpec.__dataclass_fields__}
         self.spec = replace(self._spec, **asked)
         for key, value in fields.items():
@@ -330,3 +341,10 @@ class Quantizer(nn.Module):
         state = repr(self.encoding) if self.encoding is not None else "not calibrated"
         flags = ("" if self._enabled else ", off") + (", frozen" if self._frozen else "")
         return f"{type(self).__name__}({self.name!r}: {self._spec}{flags}, {state})"
+
+
+@cache
+def _declared(kind: type) -> frozenset[str]:
+    """The attributes that a class and those above it declare."""
+    classes = inspect.getmro(kind)
+    return frozenset(name for above in classes for name in (*vars(above), *inspect.get_annotations(above)))

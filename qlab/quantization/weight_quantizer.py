@@ -27,6 +27,8 @@ class WeightQuantizer(Quantizer):
     [C] is added to the layer's bias while the weight is quantized, so that the float model stays what it was.
     """
 
+    owner: nn.Module
+    attribute: str
     bias_correction: Tensor | None
 
     def __init__(self, spec: QuantSpec, name: str, owner: nn.Module, attribute: str, axis: int = 0) -> None:

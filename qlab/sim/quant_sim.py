@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qlab.errors import UnknownLayer, nearest
+from qlab.errors import SpecError, UnknownLayer, nearest
 from qlab.graph import Layer, call_layer, capture
 from qlab.graph.kinds import WEIGHTED
 from qlab.progress import Progress, Silent
@@ -39,6 +39,8 @@ class QuantizedLayer:
     `output` is the quantizer that governs the layer's output: its own, that of the fused group it belongs to, or of
     the input whose grid it inherits; None where the output stays float. `weight` is None where there is no weight.
     """
+
+    __slots__ = ("_placed",)
 
     def __init__(self, placed: Placed) -> None:
         self._placed = placed
@@ -103,6 +105,8 @@ class QuantSim(nn.Module):
         self, model: nn.Module, example: Any, preset: Preset | None = None, dynamic: Sequence[int] = ()
     ) -> None:
         super().__init__()
+        if not isinstance(preset, Preset | None):
+            raise SpecError(f"preset must be a Preset such as qlab.presets.w8a8(); got {preset!r}.")
         self.preset = preset or w8a8()
         self.graph = capture(model, example, dynamic)
         self.origin = uuid.uuid4().hex

@@ -199,3 +199,11 @@ def test_an_encoding_given_to_a_changed_weight_is_not_overwritten():
     with torch.no_grad():
         linear.weight.mul_(2)
     assert frozen.encoding.equals(given)
+
+
+def test_a_misspelt_setting_is_refused_and_names_the_nearest():
+    quantizer = Quantizer(QuantSpec(bits=8), "layer")
+    with pytest.raises(SpecError, match=r"no setting 'bit'\. Did you mean 'bits'"):
+        quantizer.bit = 4
+    with pytest.raises(SpecError, match="'symmetric'"):
+        WeightQuantizer(QuantSpec(bits=8), "layer", nn.Linear(2, 2), "weight").symmetric = True

@@ -193,6 +193,11 @@ def test_configure_refuses_as_a_whole():
         sim.configure("layer9.*", weight={"bits": 4})
 
 
+def test_a_name_of_a_preset_is_no_preset():
+    with pytest.raises(SpecError, match=r"such as qlab.presets.w8a8\(\); got 'w8a8'"):
+        simulate(preset="w8a8")
+
+
 def test_skip_keeps_layers_in_float_and_must_match_something():
     model, x = residual().eval(), torch.randn(2, 3, 12, 12)
     sim = qlab.QuantSim(model, x, qlab.presets.w8a8(skip=["5", "1.conv*"]))
