@@ -45,6 +45,7 @@ _LATER: dict[str, tuple[str, str | None]] = {
     "views": ("qlab.views", None),
     "plots": ("qlab.plots", None),
     "examples": ("qlab.examples", None),
+    "validate": ("qlab.sim.validate", "validate"),
 }
 
 

@@ -268,7 +268,7 @@ def _describe(layer: Layer, node: fx.Node) -> None:
         layer.shape = tuple(map(size_of, value.shape))
         layer.dtype = value.dtype
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [f"{file}:{line}" for file, line in frames if is_users(file)] or [f"{f}:{n}" for f, n in frames]
+    own = [f"{file}:{line}" for file, line in frames if is_users(file)]
     layer.location = own[-1] if own else ""
 
 

@@ -3,10 +3,35 @@
 BatchNorm folding asks before it folds; validation asks to say what will not be folded.
 """
 
+import torch
+
 from qlab.graph.batch_norm import BatchNorm
 from qlab.graph.kernel import Kernel, kernel_of
 from qlab.graph.layer_graph import Layer, LayerGraph
 from qlab.graph.patterns import Path, Uses, follow
+
+
+@torch.no_grad()
+def fold_in_float(graph: LayerGraph) -> None:
+    """Changes the graph: every BatchNorm that can be folded is, in float; for who asks what folding will leave."""
+    for norm in [norm for layer in graph if (norm := BatchNorm.of(layer)) is not None]:
+        if folding_obstacle(graph, norm):
+            continue
+        uses = Uses(graph)
+        before, after = kernel_before(uses, norm), kernel_after(uses, norm)
+        if not isinstance(before, str):
+            kernel, _ = before
+            old = torch.zeros_like(norm.shift) if kernel.bias is None else kernel.bias.detach().double()
+            kernel.shift_bias(old * (norm.factor - 1) + norm.shift)
+            kernel.weight.mul_(kernel.factors(outputs=norm.factor).to(kernel.weight))
+        elif not isinstance(after, str):
+            kernel = after.second
+            kernel.shift_bias(kernel.response(norm.shift.repeat_interleave(after.repeat)))
+            factor = norm.factor.repeat_interleave(after.repeat)
+            kernel.weight.mul_(kernel.factors(inputs=factor).to(kernel.weight))
+        else:
+            continue
+        graph.replace_module(norm.layer.name, "identity")
 
 
 def why_not_folded(graph: LayerGraph, uses: Uses, norm: BatchNorm) -> str:
