@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import nbformat
 import pytest
-from playwright.sync_api import Browser, Error, Locator, Page, Route, sync_playwright
+from playwright.sync_api import Browser, Error, Locator, Page, Route, expect, sync_playwright
 
 REPOSITORY = Path(__file__).parents[2]
 SCREENSHOTS = REPOSITORY / "artifacts" / "screenshots"
@@ -33,6 +34,9 @@ CHROMIUM_ARGUMENTS = [
     "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
+Found = TypeVar("Found")
+PATIENCE_S = 30  # for what takes a moment on an idle machine and several seconds on a busy one
+expect.set_options(timeout=1000 * PATIENCE_S)
 SESSION = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session"
 
 
@@ -106,11 +110,8 @@ class Notebook:
 
     def eventually(self, code: str, printed: str) -> None:
         """Wait until the code prints this: what the page sends needs a moment to arrive."""
-        for _ in range(50):
-            if (last := self.py(code)) == printed:
-                return
-            self.page.wait_for_timeout(40)
-        raise AssertionError(f"{code} printed {last!r}, expected {printed!r}")
+        last = wait_until(self.page, lambda: self.py(code), lambda found: found == printed)
+        assert last == printed, code
 
     def theme(self, name: str) -> None:
         """Switch to "Light" or "Dark"."""
@@ -135,6 +136,14 @@ class Notebook:
         self.errors.clear()
         assert not outside, f"requests left the machine: {outside[:3]}"
         assert not errors, f"errors in the page: {errors[:3]}"
+
+
+def wait_until(page: Page, look: Callable[[], Found], is_it: Callable[[Found], bool]) -> Found:
+    """Look again and again until this is it; returns what was seen last, for the caller to assert on."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_it(found := look()) and time.monotonic() < deadline:
+        page.wait_for_timeout(40)
+    return found
 
 
 measured = pytest.StashKey[list[str]]()

@@ -6,6 +6,8 @@ import time
 import pytest
 from playwright.sync_api import Locator, expect
 
+from tests.browser.conftest import wait_until
+
 pytestmark = pytest.mark.browser
 
 SETUP = """
@@ -71,24 +73,17 @@ def painted(pane: Locator) -> str:
     return pane.evaluate(PICTURE)
 
 
-def wait_for_new_picture(pane: Locator, old: str) -> str:
-    """The picture once it differs from the old one and has come to rest."""
-    previous = old
-    for _ in range(60):
-        pane.page.wait_for_timeout(50)
-        picture = painted(pane)
-        if picture == previous != old:
-            return picture
-        previous = picture
-    raise AssertionError("the picture has not changed, or has not come to rest, in 3 s")
+def wait_for_new_picture(pane: Locator, old: str) -> None:
+    assert wait_until(pane.page, lambda: painted(pane), lambda picture: picture != old) != old
 
 
-def wait_for_picture(pane: Locator, expected: str) -> None:
-    for _ in range(60):
-        if painted(pane) == expected:
-            return
-        pane.page.wait_for_timeout(50)
-    raise AssertionError("the picture did not become the expected one in 3 s")
+def wait_for_equal_pictures(pane: Locator, other: Locator) -> str:
+    """The picture that both have in the end: a picture on its way to the final one may look finished, two do not."""
+    pictures = wait_until(
+        pane.page, lambda: (painted(pane), painted(other)), lambda both: both[0] == both[1] and bool(both[0])
+    )
+    assert pictures[0] == pictures[1]
+    return pictures[0]
 
 
 def click_bar(pane: Locator, index: int, of: int) -> None:
@@ -102,7 +97,7 @@ def test_a_pane_is_drawn_and_sends_nothing_until_touched(notebook):
     expect(pane).to_have_attribute("aria-label", "worst 10 dB")
     notebook.screenshot("pane_light", pane)
     pane.hover()
-    notebook.page.wait_for_timeout(300)
+    notebook.page.wait_for_timeout(300)  # for messages, which must not come
     assert notebook.py("print(received)") == "[]"
 
 
@@ -164,14 +159,18 @@ def test_what_is_done_in_the_browser_is_saved_once_things_are_quiet(notebook):
         notebook,
         """
 pane, source, plot = bars([30, 20, 25, 10])
-saved, send_state = [], pane.send_state
-pane.send_state = lambda key=None: (saved.append(pane.take_snapshot()), send_state(key))
+saved, send_state = open("saved.txt", "a", buffering=1), pane.send_state
+def keep(key=None):
+    print(pane.take_snapshot(), file=saved)
+    send_state(key)
+pane.send_state = keep
 pane""",
     )
-    notebook.py("saved.clear()")
+    notebook.py("saved.truncate(0)")
     click_bar(pane, 2, of=4)
-    notebook.page.wait_for_timeout(1500)  # no cell may run meanwhile: that would save as well
-    assert notebook.py("print(len(saved), '\"indices\":[2]' in saved[-1])") == "1 True"
+    path = notebook.server.notebooks / "saved.txt"  # no cell may run meanwhile: that would save as well
+    (saved,) = wait_until(notebook.page, lambda: path.read_text().splitlines(), bool)
+    assert '"indices":[2]' in saved
 
 
 def test_a_thread_repaints_while_a_cell_runs(notebook):
@@ -205,7 +204,7 @@ pane""",
         mouse.move(box["x"] + 150 + step, box["y"] + 110)
     mouse.up()
     taken_s = time.monotonic() - start
-    notebook.page.wait_for_timeout(300)
+    notebook.eventually("print('released' in [message['kind'] for message in received])", "True")
     left, messages = notebook.py("print(plot.x_range.start, len(received))").split()
     measure(f"60 moves of a pan in {taken_s:.1f} s: {messages} messages")
     assert float(left) < -1
@@ -216,9 +215,9 @@ def test_a_second_view_is_current_and_follows(notebook):
     first = show(notebook, "pane, source, plot = bars([30, 20, 25, 10]); pane")
     before = painted(first)
     notebook.py("source.data = {'x': [0, 1], 'height': [5, 50]}")
-    current = wait_for_new_picture(first, before)
+    wait_for_new_picture(first, before)
     second = show(notebook, "pane")
-    wait_for_picture(second, current)
+    current = wait_for_equal_pictures(first, second)
     click_bar(second, 1, of=2)
     wait_for_new_picture(first, current)
     assert notebook.py("print(source.selected.indices)") == "[1]"
@@ -263,17 +262,18 @@ pane.send({"kind": "patch", "patch": json.dumps({"events": [unknown]}), "buffers
 
 def test_the_theme_of_jupyterlab_is_followed(notebook):
     pane = show(notebook, "pane, source, plot = bars([30, 20, 25, 10]); pane")
-    light = painted(pane)
+    light = wait_for_equal_pictures(pane, show(notebook, "bars([30, 20, 25, 10])[0]"))
     light_title = pane.evaluate(TITLE_COLOUR)
     notebook.theme("Dark")
     try:
-        dark = wait_for_new_picture(pane, light)
+        wait_for_new_picture(pane, light)
+        dark = wait_for_equal_pictures(pane, show(notebook, "bars([30, 20, 25, 10])[0]"))
         assert pane.evaluate(TITLE_COLOUR) != light_title
         assert dark != light
         notebook.screenshot("pane_dark", pane)
     finally:
         notebook.theme("Light")
-    wait_for_picture(pane, light)
+    assert wait_until(notebook.page, lambda: painted(pane), lambda picture: picture == light) == light
 
 
 def test_closing_a_pane_removes_its_view(notebook):
@@ -283,21 +283,24 @@ def test_closing_a_pane_removes_its_view(notebook):
 
 
 def test_a_reload_shows_the_current_figure_and_selection(notebook):
+    """Against a pane made with the figure and the selection as they should be: both survive the reload."""
     pane = show(notebook, "pane, source, plot = bars([30, 20, 25, 10]); pane")
-    unselected = painted(pane)
     click_bar(pane, 2, of=4)
     notebook.eventually("print(source.selected.indices)", "[2]")
-    before = wait_for_new_picture(pane, unselected)
     notebook.py("plot.title.text = 'changed before the reload'")
-    current = wait_for_new_picture(pane, before)
+    code = "expected, selected, titled = bars([30, 20, 25, 10]); selected.selected.indices = [2]"
+    show(notebook, f"{code}; titled.title.text = 'changed before the reload'; expected")
     notebook.reload()
     notebook.page.locator(".jp-Notebook .jp-Cell").last.scroll_into_view_if_needed()
-    again = notebook.page.locator(".qlab-pane").last
-    expect(again).to_have_attribute("data-ready", "true", timeout=20_000)
-    again.scroll_into_view_if_needed()
+    count = notebook.page.evaluate("window.jupyterapp.shell.currentWidget.content.model.cells.length")
+    again, expected = (notebook.output(count - back).locator(".qlab-pane") for back in (2, 1))
+    for one in (again, expected):
+        expect(one).to_have_attribute("data-ready", "true")
+        one.scroll_into_view_if_needed()
     notebook.page.mouse.move(0, 0)
-    wait_for_picture(again, current)
+    picture = wait_for_equal_pictures(again, expected)
     assert notebook.py("print(source.selected.indices)") == "[2]"
+    wait_for_new_picture(show(notebook, "bars([30, 20, 25, 10])[0]"), picture)
 
 
 def test_the_page_own_bokeh_is_left_alone(notebook):

@@ -105,7 +105,6 @@ def test_a_reload_keeps_the_current_state(notebook):
 
 def test_dark_theme_and_a_small_saved_notebook(notebook):
     notebook.theme("Dark")
-    notebook.page.wait_for_timeout(500)
     notebook.screenshot("dashboard_dark")
     notebook.theme("Light")
     notebook.command("docmanager:save")

@@ -330,8 +330,8 @@ hostile""")
     grid.locator("tbody td").nth(1).dblclick()
     grid.locator("select").select_option(index=0)
     expect(grid.locator("tbody td").nth(1)).to_contain_text("<img")
-    notebook.run("from IPython.display import HTML; HTML(hostile.to_html())")
-    notebook.page.wait_for_timeout(100)
+    still = notebook.run("from IPython.display import HTML; HTML(hostile.to_html())")
+    expect(still.locator("caption")).to_contain_text("<img")
     assert notebook.page.locator(".jp-Cell-outputArea img").count() == 0
     assert notebook.page.evaluate("document.body.dataset.hacked") is None
 

@@ -1,8 +1,10 @@
 """History: every step can be returned to, exactly, and what cannot is said."""
 
 import gc
+import json
+import subprocess
+import sys
 
-import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,41 @@ from torch.nn.parameter import is_lazy
 import qlab
 from qlab.errors import HistoryError
 from tests.lab.conftest import differing, state_of
+
+THOUSAND_EDITS = """
+import gc, json
+import psutil, torch, qlab
+from tests.lab.conftest import Network
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+batches = [torch.randn(8, 3, 8, 8) for _ in range(3)]
+sim = qlab.QuantSim(Network().eval(), batches[0], qlab.presets.w8a8())
+sim.calibrate(batches)
+lab = qlab.Lab(sim, batches, score=qlab.Accuracy([(batch, torch.arange(8) % 4) for batch in batches]))
+calls = []
+lab.events.edited.connect(lambda names: calls.append(1))
+
+def edits(count):
+    for number in range(count):
+        name = "fc" if number % 2 else "stem"
+        lab.set(name, "weight", bits=2 + number % 7)
+        lab.select(name)
+
+def counted(when):
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.numel() > 1000]
+    return {
+        f"memory{when}": psutil.Process().memory_info().rss,
+        f"listeners{when}": sum(len(getattr(lab.events, name)) for name in lab.events.guards),
+        f"large{when}": len(tensors),
+    }
+
+edits(50)
+before = counted("")
+edits(1000)
+print(json.dumps({**before, **counted("_after"), "steps": lab.step, "calls": len(calls)}))
+"""
 
 
 def test_every_step_can_be_returned_to_bit_for_bit(lab: qlab.Lab, batches: list[Tensor], nudge) -> None:
@@ -149,42 +186,28 @@ def test_comparing_two_steps_names_each_difference(lab: qlab.Lab) -> None:
     assert lab.compare(1, 0)["after"].iloc[0] == 8
 
 
-@pytest.mark.skip(reason="kept 699 large tensors, limit 200, in the whole suite; passes alone; cause not found")
-def test_a_thousand_edits_leave_memory_and_listeners_as_they_were(lab: qlab.Lab) -> None:
-    calls: list[int] = []
-    lab.events.edited.connect(lambda names: calls.append(1))
-
-    def edits(count: int) -> None:
-        for number in range(count):
-            lab.set("fc" if number % 2 else "stem", "weight", bits=2 + number % 7)
-            lab.select("fc" if number % 2 else "stem")
-
-    def connected() -> int:
-        return sum(len(getattr(lab.events, name)) for name in ("edited", "selected", "scores", "history_changed"))
-
-    edits(50)
-    gc.collect()
-    before, listeners = psutil.Process().memory_info().rss, connected()
-    edits(1000)
-    gc.collect()
-    assert lab.step == 1050
-    assert len(calls) == 1050
-    assert psutil.Process().memory_info().rss < 1.1 * before
-    assert connected() == listeners
-    tensors = [o for o in gc.get_objects() if _is_tensor(o) and o.numel() > 1000]
-    assert len(tensors) < 200  # statistics are shared between steps
+def test_a_thousand_edits_leave_memory_and_listeners_as_they_were() -> None:
+    """In a process of its own: the tensors and the memory of other tests would be counted as well."""
+    ended = subprocess.run([sys.executable, "-c", THOUSAND_EDITS], capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert (found["steps"], found["calls"]) == (1050, 1050)
+    assert found["memory_after"] < 1.1 * found["memory"]
+    assert found["listeners_after"] == found["listeners"]
+    assert found["large_after"] == found["large"] > 0  # statistics are shared between steps
 
 
 def test_statistics_are_shared_between_steps_that_did_not_change_them(lab: qlab.Lab) -> None:
-    def large() -> int:
+    def large() -> list[Tensor]:
         gc.collect()
-        return sum(_is_tensor(o) and o.numel() >= 2048 for o in gc.get_objects())
+        return [o for o in gc.get_objects() if _is_tensor(o) and o.numel() >= 2048]
 
     lab.set("fc", "output", bits=4)
-    before = large()
+    before = large()  # kept: another test's tensor that goes meanwhile must not make room for one of ours
     for bits in (5, 6, 7, 4, 3, 9):
         lab.set("fc", "output", bits=bits)
-    assert large() == before
+    known = {id(tensor) for tensor in before}
+    assert not [tensor.shape for tensor in large() if id(tensor) not in known]
 
 
 def _is_tensor(value: object) -> bool:
