@@ -6,6 +6,7 @@ channel's; activations_pdf/ and weights_pdf/<layer>/ hold histograms. Where AIME
 shows the whole tensor. Several widths: the first has AIMET's names, others a suffix.
 """
 
+import errno
 import html
 import os
 import re
@@ -33,6 +34,8 @@ def export_files(analysis: "Analysis", folder: Path) -> Path:
     except OSError as error:
         reason = error.strerror or str(error)
         raise type(error)(error.errno, f"cannot make '{folder.parent}': {reason}. Choose another folder.") from None
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"'{folder}' is a file, not a folder. Choose another folder.")
     require_writable(folder if folder.is_dir() else folder.parent)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
     try:
