@@ -82,7 +82,8 @@ class QuantAnalyzer:
         Raises NotCalibrated, UnknownLayer or InputError before anything is computed, and Cancelled where `progress`
         says so. A score that fails for one layer is told in that layer's row.
         """
-        rows = self.measure_rows(sim, batches, score, progress, executor, **settings)
+        analyzer = dataclasses.replace(self, **settings)
+        rows = analyzer._started(sim, batches, score, progress, executor, tells=on_row is not None)
         while True:
             try:
                 row = next(rows)
@@ -102,8 +103,18 @@ class QuantAnalyzer:
     ) -> Generator[Row, None, Analysis]:
         """As `measure`, one row after the other; a row replaces an earlier one with the same key. Returns the Analysis
         (`analysis = yield from ...`, or the value of StopIteration)."""
-        if settings:
-            return dataclasses.replace(self, **settings).measure_rows(sim, batches, score, progress, executor)
+        return dataclasses.replace(self, **settings)._started(sim, batches, score, progress, executor, tells=True)
+
+    def _started(
+        self,
+        sim: QuantSim,
+        batches: Any,
+        score: "Evaluation | Callable[[Any], Any] | None",
+        progress: Progress | None,
+        executor: Executor | None,
+        tells: bool,
+    ) -> Generator[Row, None, Analysis]:
+        """See `measure_rows`; tells: yield rows at all, which nobody may be waiting for."""
         require_calibrated(sim)
         data = Batches(batches)
         probe = list(islice(data, self.probe_batches))
@@ -114,7 +125,7 @@ class QuantAnalyzer:
             raise InputError("every quantizer is switched off: there is nothing to analyse.")
         units = chosen_units(everything, sim, self.layers or None)
         judge = SQNR(data) if score is None else evaluation_of(score)
-        return self._rows(sim, probe, judge, units, progress or Silent(), executor)
+        return self._rows(sim, probe, judge, units, progress or Silent(), executor, tells)
 
     def _rows(
         self,
@@ -124,6 +135,7 @@ class QuantAnalyzer:
         units: list[Unit],
         progress: Progress,
         executor: Executor | None,
+        tells: bool,
     ) -> Generator[Row, None, Analysis]:
         began = time.perf_counter()
         bits = Bits.several(self.bits)
@@ -145,7 +157,8 @@ class QuantAnalyzer:
             ledger.add(outcome)
             if outcome.case == Case("float") and outcome.note:
                 raise InputError(f"{judge.name} cannot be measured on the float model: {outcome.note}.")
-            yield ledger.row(outcome.case)
+            if tells:
+                yield ledger.row(outcome.case)
             if stopper.stops(ledger):
                 break
         found.close()

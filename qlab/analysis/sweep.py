@@ -43,6 +43,7 @@ class Sweep:
         self._shadows = {bits: shadow(sim, bits) for bits in widths}
         self._default = next(iter(self._shadows))
         self._on = {key for key, quantizer in self.sim.quantizers.items() if quantizer.enabled}
+        self._is_on = {bits: set(self._on) for bits in self._shadows}
         self._kept = self._boundaries()
         self._now: tuple[Bits, QuantSim] = self._default, self.sim
 
@@ -55,8 +56,10 @@ class Sweep:
         """The shadow on which this case holds; valid until the next call."""
         bits = case.bits or self._default
         twin = self._shadows[bits]
-        for key, quantizer in twin.quantizers.items():
-            quantizer.enabled = key in self._on and case.quantizes(key)
+        wanted = {key for key in self._on if case.quantizes(key)}
+        for key in wanted ^ self._is_on[bits]:
+            twin.quantizers[key].enabled = key in wanted
+        self._is_on[bits] = wanted
         self._now = bits, twin
         return twin
 

@@ -55,6 +55,7 @@ class Layer:
         self.args = args
         self.kwargs = kwargs or {}
         self.kind = kind or kind_of(module, function)
+        self._inputs: tuple[Any, Any, list[Layer]] = None, None, []
         self.owner: nn.Module | None = None  # of a parameter layer: getattr(owner, attribute) is its value
         self.attribute = ""
         self.index = -1
@@ -68,11 +69,12 @@ class Layer:
     @property
     def inputs(self) -> list["Layer"]:
         """The layers whose values this one takes, in order, each once."""
-        found: dict[int, Layer] = {}
-        for value in pytree.tree_leaves((self.args, self.kwargs), is_leaf=lambda v: isinstance(v, Layer)):
-            if isinstance(value, Layer):
-                found.setdefault(id(value), value)
-        return list(found.values())
+        args, kwargs, found = self._inputs
+        if args is not self.args or kwargs is not self.kwargs:  # found once: a sweep asks a thousand times
+            leaves = pytree.tree_leaves((self.args, self.kwargs), is_leaf=lambda v: isinstance(v, Layer))
+            found = list({id(value): value for value in leaves if isinstance(value, Layer)}.values())
+            self._inputs = self.args, self.kwargs, found
+        return found
 
     @property
     def is_float(self) -> bool:

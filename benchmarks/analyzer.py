@@ -1,0 +1,157 @@
+"""Prints what QuantAnalyzer costs beside brute force in the same run, and how far its one-pass estimate can be trusted.
+
+    python benchmarks/analyzer.py [NAME ...] [--threads 1] [--json FILE]
+
+Names: digits_mobilenet, digits_resnet (597 test images), resnet18 (2 images of noise at 224 px). Brute force scores
+every case (one layer alone at 4 bits, all but one, and the four baselines) by a full run of a sim whose quantizers are
+switched by hand. Forwards are counted three ways: calls of layers, the analyzer's own account of the work, and the
+multiplications and additions that torch sees (convolutions and products of matrices). The times are those of all of
+`measure`, noise of layers and ranges included; time of the processor is the surer one where other programs run too. The
+estimate is made on other images than the scores.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import qlab
+from qlab.analysis import Analysis, estimate_sensitivity, units_of
+
+BITS = 4
+DIGITS = {"digits_mobilenet": "mobilenet", "digits_resnet": "resnet"}
+TARGET = 0.55  # of brute force's forwards, on ResNet-18
+
+
+def load(name: str) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """A model in eval mode, batches to calibrate and estimate on, and batches to score on."""
+    if name in DIGITS:
+        digits = qlab.examples.digits()
+        model = getattr(qlab.examples, DIGITS[name])().eval()
+        return model, digits.calibration(4), [x for x, _ in digits.test]
+    size = (2, 3, 224, 224)
+    return models.warmed_up(getattr(models, name)(), size), [torch.randn(size)], [torch.randn(size)]
+
+
+def counted(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(operations of convolutions and matrix products, result) of one call."""
+    with FlopCounterMode(display=False) as counter:
+        result = work()
+    return float(counter.get_total_flops()), result
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds of the wall and of the processor."""
+    return time.perf_counter(), time.process_time()
+
+
+def brute_force(sim: qlab.QuantSim, batches: list[Tensor]) -> dict[tuple[str, str], float]:
+    """The SQNR of every case by a full run: (mode, layer) to dB."""
+    twin = copy.deepcopy(sim)
+    for quantizer in twin.quantizers.values():
+        quantizer.bits = BITS
+    units = units_of(sim)
+    cases: dict[tuple[str, str], Callable[[str], bool]] = {
+        ("float", ""): lambda key: False,
+        ("both", ""): lambda key: True,
+        ("weights only", ""): lambda key: key.endswith(":weight"),
+        ("activations only", ""): lambda key: not key.endswith(":weight"),
+    }
+    for unit in units:
+        own = set(unit.quantizers)
+        cases["enabled", unit.layer] = lambda key, own=own: key in own
+        cases["disabled", unit.layer] = lambda key, own=own: key not in own
+    found, reference = {}, None
+    with torch.no_grad():
+        for case, is_on in cases.items():
+            for key, quantizer in twin.quantizers.items():
+                quantizer.enabled = is_on(key)
+            outputs = torch.cat([twin(x) for x in batches]).double()
+            reference = outputs if reference is None else reference
+            noise = float((outputs - reference).square().sum())
+            found[case] = 10 * math.log10(float(reference.square().sum()) / noise) if noise else math.inf
+    return found
+
+
+def largest_difference(analysis: Analysis, brute: dict[tuple[str, str], float]) -> float:
+    """Between the scores of the two, in dB."""
+    found = {
+        (row.mode, row.layer): row.score
+        for table in (analysis.summary, analysis.enabled, analysis.disabled)
+        for row in table.itertuples()
+    }
+    assert found.keys() == brute.keys()
+    return max(0.0 if found[case] == value else abs(found[case] - value) for case, value in brute.items())
+
+
+def measure(name: str) -> dict[str, float]:
+    """The figures of one model."""
+    model, known, batches = load(name)
+    sim = qlab.QuantSim(model, known[0])
+    sim.calibrate(known)
+    analyzer = qlab.QuantAnalyzer(bits=BITS, estimate=False, probe_batches=1)
+
+    def analyse() -> Analysis:
+        return analyzer.measure(sim, batches, qlab.SQNR(batches))
+
+    began = clocks()
+    analysis = analyse()
+    halfway = clocks()
+    brute = brute_force(sim, batches)
+    ended = clocks()
+    ours, _ = counted(analyse)
+    noise, _ = counted(lambda: qlab.analysis.layer_noise(sim, batches[:1]))
+    theirs, _ = counted(lambda: brute_force(sim, batches))
+    started = time.process_time()
+    estimate = estimate_sensitivity(sim, known, bits=(BITS,), probes=2)
+    estimated = time.process_time() - started
+    known_too = dataclasses.replace(analysis, estimate=estimate).correlation.set_index(["estimate", "measured"])
+    rows = len(brute) * len(batches)
+    return {
+        "layers": len(analysis.units),
+        "full runs of brute force": rows,
+        "calls of layers": analysis.work.layer_calls / (rows * len(sim.graph)),
+        "forwards, own account": analysis.work.forwards / rows,
+        "forwards, operations counted": (ours - noise) / theirs,
+        "time": (halfway[0] - began[0]) / (ended[0] - halfway[0]),
+        "time of the processor": (halfway[1] - began[1]) / (ended[1] - halfway[1]),
+        "seconds of brute force": ended[1] - halfway[1],
+        "largest difference, dB": largest_difference(analysis, brute),
+        "Spearman of the estimate, SQNR": float(known_too.spearman["sqnr", "sqnr"]),
+        "Spearman of the estimate, KL": float(known_too.spearman["kl", "kl"]),
+        "seconds of the estimate": estimated,
+    }
+
+
+def main() -> None:
+    """Prints the table and, when asked, writes it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=[*DIGITS, "resnet18"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    found = {name: measure(name) for name in options.names}
+    for name, rows in found.items():
+        print(f"{name}, {BITS} bits ({options.threads} thread{'s' if options.threads > 1 else ''}); brute force is 1")
+        for row, value in rows.items():
+            print(f"  {row:35} {value:8.3g}")
+        reached = "reached" if rows["forwards, operations counted"] <= TARGET else "not reached"
+        print(f"  at most {TARGET} of the forwards: {reached}")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
