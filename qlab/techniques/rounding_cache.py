@@ -64,7 +64,8 @@ class RoundingCache:
                 tensors["bias_correction"] = quantizer.bias_correction
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         limits = [encoding.qmin, encoding.qmax, encoding.axis, encoding.block_size, encoding.block_axis]
-        header = {"key": key, "row": row, "encoding": limits, "digest": _digest(tensors)}
+        header = {"key": key, "row": row, "encoding": limits}
+        header["digest"] = _digest(header, tensors)
         target = self._folder / f"{key}.safetensors"
         temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
@@ -82,10 +83,10 @@ class RoundingCache:
             with safe_open(file, framework="pt") as opened:
                 header = json.loads((opened.metadata() or {})["qlab"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            if header["key"] != key or header["digest"] != _digest(tensors):
+            if header.pop("digest") != _digest(header, tensors) or header["key"] != key:
                 raise ValueError("holds something else than its name says")
-            encoding = Encoding(tensors["scale"], tensors["zero_point"], *header["encoding"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            encoding, row = Encoding(tensors["scale"], tensors["zero_point"], *header["encoding"]), header["row"]
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
             self.damaged += 1
             return None
         device = quantizer.weight.device
@@ -99,11 +100,11 @@ class RoundingCache:
             quantizer.set_rounding(tensors["codes"].to(device), None if correction is None else correction.to(device))
         else:
             quantizer.frozen = True
-        return header["row"]
+        return row
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
         digest.update(name.encode())
         update_with_tensor(digest, value)
