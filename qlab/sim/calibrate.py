@@ -13,17 +13,22 @@ from qlab.graph import Layer
 from qlab.progress import Progress
 from qlab.quantization import Quantizer, Statistics
 from qlab.sim.batches import Batches
+from qlab.sim.log import LogEntry, Marks
 from qlab.sim.placement import Role
+from qlab.sim.snapshot import transaction
 
 if TYPE_CHECKING:
     from qlab.sim.quant_sim import QuantSim
 
 
-def calibrate(sim: "QuantSim", batches: Batches, progress: Progress) -> None:
+def calibrate(sim: "QuantSim", batches: Any, progress: Progress) -> None:
     """Changes `sim`: see QuantSim.calibrate."""
-    statistics = collect_statistics(sim, batches, progress)
-    for quantizer, seen in statistics.items():
-        quantizer.adopt(seen)
+    before = Marks.of(sim)
+    with transaction(sim, weights=False), torch.no_grad():
+        statistics = collect_statistics(sim, Batches(batches), progress)
+        for quantizer, seen in statistics.items():
+            quantizer.adopt(seen)
+        sim.log.append(LogEntry("calibrate", batches, None, before, Marks.of(sim)))
 
 
 def collect_statistics(sim: "QuantSim", batches: Batches, progress: Progress) -> dict[Quantizer, Statistics]:

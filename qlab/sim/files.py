@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlab.errors import InputError
@@ -21,6 +20,7 @@ from qlab.graph import FoldedNorm
 from qlab.quantization import Encoding, Quantizer, QuantizerState, QuantSpec, Statistics
 from qlab.sim.log import LogEntry, Marks
 from qlab.sim.presets import Preset
+from qlab.sim.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from qlab.sim.quant_sim import QuantSim
@@ -29,7 +29,7 @@ FORMAT = "qlab-sim-1"
 
 
 def save(sim: "QuantSim", path: str | os.PathLike[str]) -> None:
-    """Writes `sim` to `path`; an existing file is replaced only when the new one is complete."""
+    """Writes `sim` to `path`; an existing file is replaced only when the new one is complete. Raises OSError."""
     target = Path(path)
     tensors: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
@@ -57,12 +57,7 @@ def save(sim: "QuantSim", path: str | os.PathLike[str]) -> None:
         "layers": [layer.name for layer in sim.graph],
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, temporary, metadata={"qlab": json.dumps(header)})
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(target, tensors, {"qlab": json.dumps(header)})
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, example: Any, dynamic: Sequence[int] = ()) -> "QuantSim":

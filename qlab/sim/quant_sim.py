@@ -19,7 +19,7 @@ from qlab.graph import Layer, call_layer, capture
 from qlab.graph.kinds import WEIGHTED
 from qlab.progress import Progress, Silent
 from qlab.quantization import Quantizer, WeightQuantizer
-from qlab.sim.batches import Batches, flat_inputs
+from qlab.sim.batches import flat_inputs
 from qlab.sim.integer_kernels import integer_kernel
 from qlab.sim.log import LogEntry, Marks
 from qlab.sim.placement import Placed, Role, matches_glob, place
@@ -172,7 +172,7 @@ class QuantSim(nn.Module):
         try:
             for quantizer, settings in targets:
                 quantizer.set(**settings)
-        except Exception:
+        except BaseException:
             for quantizer, spec, enabled, frozen in before:
                 quantizer.spec, quantizer.enabled, quantizer.frozen = spec, enabled, frozen
             raise
@@ -181,8 +181,8 @@ class QuantSim(nn.Module):
     def quantization_off(self) -> Iterator["QuantSim"]:
         """Within the context nothing is quantized: the sim computes the float model, bit for bit."""
         before = self.quantization_enabled
-        self.quantization_enabled = False
         try:
+            self.quantization_enabled = False
             yield self
         finally:
             self.quantization_enabled = before
@@ -191,8 +191,8 @@ class QuantSim(nn.Module):
     def evaluating(self) -> Iterator["QuantSim"]:
         """Within the context every module is in eval mode; afterwards each is in the mode it had."""
         before = {module: module.training for module in self.modules()}
-        self.eval()
         try:
+            self.eval()
             yield self
         finally:
             for module, training in before.items():
@@ -280,7 +280,6 @@ class QuantSim(nn.Module):
 
     # Calibration and evaluation ---------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def calibrate(self, batches: Any, progress: Progress | None = None) -> None:
         """Changes the sim: runs the float model over `batches`, keeps statistics, and finds every encoding.
 
@@ -290,9 +289,7 @@ class QuantSim(nn.Module):
         """
         from qlab.sim.calibrate import calibrate
 
-        before = Marks.of(self)
-        calibrate(self, Batches(batches), progress or Silent())
-        self.log.append(LogEntry("calibrate", batches, None, before, Marks.of(self)))
+        calibrate(self, batches, progress or Silent())
 
     def evaluate(self, score: "Evaluation | Callable[[nn.Module], Any]", quantized: bool = True) -> "Measurement":
         """The score of the sim, or of the float model when `quantized` is False.

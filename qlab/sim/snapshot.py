@@ -1,5 +1,7 @@
 """Snapshot: the whole state of a sim, to return to when a technique is cancelled, fails or is undone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +23,8 @@ class Snapshot:
     def __init__(self, sim: "QuantSim", weights: bool = True) -> None:
         self._sim = sim
         self._log = list(sim.log)
-        self._flags = (sim.training, sim.quantization_enabled, sim.preset, sim.qat_mode)
+        self._flags = (sim.quantization_enabled, sim.preset, sim.qat_mode)
+        self._training = [(module, module.training) for module in sim.modules()]
         self._quantizers = {name: quantizer.state() for name, quantizer in _quantizers(sim)}
         self._model: dict[str, tuple[Tensor, Tensor]] | None = None
         if weights:
@@ -30,7 +33,6 @@ class Snapshot:
                 (layer, layer.module, layer.function, layer.kind, layer.args, layer.kwargs) for layer in sim.graph
             ]
             self._modules = dict(sim.model.named_modules(remove_duplicate=False))
-            self._training = {name: module.training for name, module in self._modules.items()}
             self._edits, self._folded = list(sim.graph.edits), dict(sim.graph.folded)
 
     @property
@@ -46,11 +48,9 @@ class Snapshot:
             self._restore_model(sim)
         for name, quantizer in _quantizers(sim):
             quantizer.set_state(self._quantizers[name])
-        sim.train(self._flags[0])
-        sim.quantization_enabled, sim.preset, sim.qat_mode = self._flags[1:]
-        if self._model is not None:
-            for name, module in self._modules.items():
-                module.training = self._training[name]
+        sim.quantization_enabled, sim.preset, sim.qat_mode = self._flags
+        for module, training in self._training:
+            module.training = training
         sim.changed()
 
     def _restore_model(self, sim: "QuantSim") -> None:
@@ -76,6 +76,21 @@ class Snapshot:
                 if tensor.shape != copy.shape or not torch.equal(tensor, copy):
                     tensor.data = copy.clone() if tensor.shape != copy.shape else tensor.data
                     tensor.copy_(copy)
+
+
+@contextmanager
+def transaction(sim: "QuantSim", weights: bool = True) -> Iterator[None]:
+    """Within the context `sim` may be changed; on any error, Ctrl-C among them, it is as it was. weights: see Snapshot.
+
+    So is torch's gradient mode, which an interrupt inside `torch.no_grad` can leave switched off.
+    """
+    snapshot, gradient = Snapshot(sim, weights), torch.is_grad_enabled()
+    try:
+        yield
+    except BaseException:
+        torch.set_grad_enabled(gradient)
+        snapshot.restore()
+        raise
 
 
 def _quantizers(sim: "QuantSim") -> list[tuple[str, Quantizer]]:

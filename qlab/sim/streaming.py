@@ -5,6 +5,7 @@ in the sim as changed so far. `stream` keeps every batch at the same place in th
 next chosen layer, and goes on when asked: the whole walk costs one pass of each model, whatever the number of layers.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -23,6 +24,7 @@ from qlab.progress import Progress, Silent
 from qlab.sim.batches import Batches
 from qlab.sim.placement import Role
 from qlab.sim.quant_sim import QuantSim
+from qlab.sim.tensor_file import write_tensors
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ def stream(
     chosen = sorted({sim.graph[name].index for name in layers})
     if not chosen:
         return
-    with tempfile.TemporaryDirectory(prefix="qlab-") as folder:
+    with contextlib.ExitStack() as stack:
         walk = _Walk(sim, chosen[-1])
         states: list[_State] = []
-        store = _Store(Path(folder), max_bytes)
+        store = _Store(stack, max_bytes)
         for flat in map(sim.inputs, Batches(batches)):
             if seen is not None:
                 seen(flat)
@@ -182,10 +184,11 @@ class _State:
 
 
 class _Store:
-    """Keeps states in memory as long as they fit, then in files of a temporary folder."""
+    """Keeps states in memory as long as they fit, then in files of a temporary folder, which `stack` removes."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
+    def __init__(self, stack: contextlib.ExitStack, max_bytes: int) -> None:
+        self._stack, self._max_bytes = stack, max_bytes
+        self._folder: Path | None = None
         self._held = 0
         self._files = 0
 
@@ -207,9 +210,19 @@ class _Store:
             if isinstance(leaf, Tensor):
                 name = names.setdefault(id(leaf), str(position))
                 saved[name], tensors[position] = leaf.contiguous().clone(), name
+        if self._folder is None:
+            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qlab-")))
         file = self._folder / f"{self._files}.safetensors"
         self._files += 1
-        save_file(saved, file)
+        try:
+            write_tensors(file, saved, {})
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: activations beyond the {self._max_bytes >> 20} MiB of memory allowed go to files. "
+                "Allow more memory, free the disk or set TMPDIR to another one, or give fewer batches",
+                str(file),
+            ) from None
         rest = [None if i in tensors else leaf for i, leaf in enumerate(leaves)]
         return _State(None, size, file, (rest, spec, tensors))
 

@@ -104,6 +104,11 @@ class _Walk:
             notes.append(
                 f"{cache.damaged} files of {self.plan.cache_dir} were damaged; their layers were rounded anew."
             )
+        if cache is not None and cache.refused:
+            notes.append(
+                f"{cache.refused} layers could not be kept in {self.plan.cache_dir}: {cache.reason}. A rerun rounds "
+                "them anew."
+            )
         return self._report(notes)
 
     def again(self) -> Report:

@@ -9,7 +9,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -19,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlab.errors import Cancelled, InputError, QlabError
@@ -29,6 +28,7 @@ from qlab.settings import setting
 from qlab.sim import QuantSim, Snapshot
 from qlab.sim.batches import Batches, labels_of
 from qlab.sim.evaluate import evaluation_of, float_tensors
+from qlab.sim.tensor_file import write_tensors
 from qlab.sim.training import collapsed_ranges
 from qlab.techniques.technique import Report, Technique
 
@@ -278,12 +278,10 @@ class _Checkpoint:
                 tensors[f"optimizer.{number}.{key}"] = torch.as_tensor(value).clone()
         header = {"identity": self.identity, "epoch": epoch, "steps": run.steps, "epochs": run.epochs}
         header |= {"best": float(run.best), "best_epoch": run.best_epoch}
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
-            save_file(tensors, temporary, metadata={"qat": json.dumps(header)})
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            write_tensors(self.path, tensors, {"qat": json.dumps(header)})
+        except OSError as error:  # a full disk costs the resumption, not the training
+            run.notes.append(f"epoch {epoch} could not be kept in {self.path}: {error.strerror}.")
 
     def resume(self, run: _Run) -> int:
         """Changes `run` to where the checkpoint left off; the number of finished epochs, 0 where none fits."""

@@ -12,22 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qlab.quantization import Encoding, WeightQuantizer
 from qlab.sim import Batches, QuantSim
 from qlab.sim.content import content_keys, update_with_tensor
+from qlab.sim.tensor_file import write_tensors
 
 FORMAT = "qlab-rounding-1"
 
 
 class RoundingCache:
-    """A folder of finished layers. damaged: how many files were there and could not be used."""
+    """A folder of finished layers.
+
+    damaged: how many files were there and could not be used. refused: how many could not be written; reason: why.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.damaged = 0
+        self.refused, self.reason = 0, ""
 
     @classmethod
     def at(cls, folder: str | os.PathLike[str] | None) -> "RoundingCache | None":
@@ -55,7 +59,7 @@ class RoundingCache:
         return found
 
     def save(self, key: str, quantizer: WeightQuantizer, row: dict[str, Any]) -> None:
-        """Writes the state of a finished layer, renamed into place."""
+        """Writes the state of a finished layer; where the disk refuses, that is counted and nothing is lost."""
         encoding = quantizer.required_encoding()
         tensors = {"scale": encoding.scale, "zero_point": encoding.zero_point}
         if quantizer.rounding is not None:
@@ -66,13 +70,10 @@ class RoundingCache:
         limits = [encoding.qmin, encoding.qmax, encoding.axis, encoding.block_size, encoding.block_axis]
         header = {"key": key, "row": row, "encoding": limits}
         header["digest"] = _digest(header, tensors)
-        target = self._folder / f"{key}.safetensors"
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            save_file(tensors, temporary, metadata={"qlab": json.dumps(header)})
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+            write_tensors(self._folder / f"{key}.safetensors", tensors, {"qlab": json.dumps(header)})
+        except OSError as error:  # a full disk costs the resumption, not the work
+            self.refused, self.reason = self.refused + 1, error.strerror or str(error)
 
     def load(self, key: str, quantizer: WeightQuantizer) -> dict[str, Any] | None:
         """Changes `quantizer` to a kept result and returns its report row; None where there is none to use."""

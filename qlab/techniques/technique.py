@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlab.progress import Progress, Silent
 from qlab.settings import check
-from qlab.sim import QuantSim, Snapshot
+from qlab.sim import QuantSim
 from qlab.sim.batches import Batches
 from qlab.sim.evaluate import Evaluation
 from qlab.sim.log import LogEntry, Marks
+from qlab.sim.snapshot import transaction
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,14 +98,11 @@ class Technique:
         batches: any iterable of inputs, labelled where the technique needs labels. score: an evaluation or function.
         """
         data = self._data(batches)
-        snapshot, before, started = Snapshot(sim), Marks.of(sim), time.perf_counter()
+        before, started = Marks.of(sim), time.perf_counter()
         steps = len(sim.log)
-        try:
+        with transaction(sim):
             report = self.run(sim, data, score, progress or Silent())
             sim.log[steps:] = [LogEntry(self, batches, score, before, Marks.of(sim))]  # in place of what it did within
-        except BaseException:
-            snapshot.restore()
-            raise
         return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
     def run(self, sim: QuantSim, batches: Batches | None, score: Any, progress: Progress) -> Report:
