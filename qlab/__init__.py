@@ -37,6 +37,7 @@ _LATER: dict[str, tuple[str, str | None]] = {
     "CrossLayerEqualization": ("qlab.techniques", "CrossLayerEqualization"),
     "GPTQ": ("qlab.techniques", "GPTQ"),
     "Lab": ("qlab.lab", "Lab"),
+    "guidebook": ("qlab.lab.guidebook", "guidebook"),
     "MixedPrecision": ("qlab.techniques", "MixedPrecision"),
     "QAT": ("qlab.techniques", "QAT"),
     "QuantAnalyzer": ("qlab.analysis", "QuantAnalyzer"),

@@ -1,9 +1,7 @@
 """Lab, the observable experiment: every action goes through it, is announced, can be undone, and is kept as Python."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from qlab.lab.measuring import Measuring
 from qlab.lab.rows import LayerRow, differences, size_bytes, table
 from qlab.lab.scores import Scoreboard, Scores
 from qlab.lab.script import beginning_of, script_of
+from qlab.lab.showing import missing_note, module_of_views
 from qlab.lab.state import LabState
 from qlab.lab.tasks import Task, calibration, task_of
 from qlab.progress import Bar
@@ -319,10 +318,13 @@ class Lab:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
         """The dashboard in a notebook that has widgets, else the static tables."""
         if self._dashboard is None or self._dashboard.comm is None:  # one for all cells; a new one after close()
-            self._dashboard = _new_dashboard(self)
+            views = module_of_views()
+            self._dashboard = None if views is None else views.Dashboard(self)
         if self._dashboard is not None:
             return self._dashboard._repr_mimebundle_(include=include, exclude=exclude)
-        return {"text/plain": repr(self), "text/html": self.to_html()}
+        note = missing_note()
+        plain = f"{self!r}\n{note}" if note else repr(self)
+        return {"text/plain": plain, "text/html": self.to_html() + (f"<p>{note}</p>" if note else "")}
 
     # Within -----------------------------------------------------------------------------------------------------------
 
@@ -379,18 +381,6 @@ class Lab:
         if task.changes and self.live and self._measuring is not None:
             self._measuring.cancel()  # it would be in vain; the end of the job starts another
         return self._worker.start(Job(task.work, task.title, task.changes, self.events))
-
-
-def _new_dashboard(lab: Lab) -> Any:
-    """A dashboard, None where no kernel with widgets runs."""
-    ipython = sys.modules.get("IPython")
-    if ipython is None or getattr(ipython.get_ipython(), "kernel", None) is None:
-        return None
-    try:
-        views = import_module("qlab.views")  # by name: the lab works without any view
-    except ImportError:
-        return None
-    return views.Dashboard(lab) if hasattr(views, "Dashboard") else None
 
 
 def _finish(job: Job) -> Any:

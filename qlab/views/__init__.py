@@ -9,6 +9,7 @@ from qlab.views.dashboard import Dashboard
 from qlab.views.diagnosis import Diagnosis
 from qlab.views.export_panel import ExportPanel
 from qlab.views.graph_view import GraphView
+from qlab.views.guidebook import Guidebook
 from qlab.views.histogram import Histogram
 from qlab.views.history import History, Past, Script
 from qlab.views.job_panel import JobPanel
@@ -34,6 +35,7 @@ __all__ = [
     "Diagnosis",
     "ExportPanel",
     "GraphView",
+    "Guidebook",
     "Histogram",
     "History",
     "JobPanel",
