@@ -12,6 +12,10 @@ class CaptureError(QlabError):
     """The model could not be turned into a graph of layers."""
 
 
+class NeedsCapture(QlabError):
+    """Something needs the graph of a model that could not be captured and runs module by module."""
+
+
 class InputError(QlabError, ValueError):
     """A batch does not fit what the model was captured with."""
 

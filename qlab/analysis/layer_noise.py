@@ -27,6 +27,7 @@ def layer_noise(sim: QuantSim, batches: Sequence[Any], progress: Progress | None
     Columns: layer, kind, sqnr [dB], mse, own_sqnr, own_mse, and standard errors over samples. `sim` runs in its present
     state and is not changed.
     """
+    sim.graph.require_edges("The noise of each layer")
     sums: dict[str, list[Tensor]] = {}
     with sim.evaluating():
         for number, batch in enumerate(batches):

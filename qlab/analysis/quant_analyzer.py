@@ -115,6 +115,7 @@ class QuantAnalyzer:
         tells: bool,
     ) -> Generator[Row, None, Analysis]:
         """See `measure_rows`; tells: yield rows at all, which nobody may be waiting for."""
+        sim.graph.require_edges("QuantAnalyzer")
         require_calibrated(sim)
         data = Batches(batches)
         probe = list(islice(data, self.probe_batches))

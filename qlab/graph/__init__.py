@@ -5,6 +5,7 @@ from qlab.graph.example import example_arguments
 from qlab.graph.kinds import KNOWN_RANGES, SAME_GRID, WEIGHTED
 from qlab.graph.layer_graph import FoldedNorm, Layer, LayerGraph, call_layer, fill
 from qlab.graph.linear_form import LinearForm, linear_form
+from qlab.graph.module_graph import ModuleGraph, captured
 from qlab.graph.origins import Origin, Source, is_mask_value, origins
 from qlab.graph.replay import Replay
 
@@ -16,11 +17,13 @@ __all__ = [
     "Layer",
     "LayerGraph",
     "LinearForm",
+    "ModuleGraph",
     "Origin",
     "Replay",
     "Source",
     "call_layer",
     "capture",
+    "captured",
     "example_arguments",
     "fill",
     "is_mask_value",

@@ -156,7 +156,10 @@ class LayerGraph:
     the first `positional` by position and `keywords` by name. edits: structural changes since capture, as data (see
     `replace_module`). folded: what folded BatchNorms knew, by the name of the layer that stands in their place.
     left_out: classes among the model's results that hold no tensor for capture to see; None stands in their place.
+    runs_whole: the layers can be run all together only (see ModuleGraph).
     """
+
+    runs_whole = False
 
     def __init__(
         self,
@@ -293,6 +296,9 @@ class LayerGraph:
                 other.args, other.kwargs = other.args[:1], {}
         self.edits.append((name, kind))
         self.link()
+
+    def require_edges(self, purpose: str = "") -> None:
+        """Raises NeedsCapture where it is not known which layer feeds which; says that `purpose` is off then."""
 
     def downstream(self, names: Sequence[str]) -> set[int]:
         """Indices of the named layers and of everything that depends on them."""

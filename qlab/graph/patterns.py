@@ -24,6 +24,7 @@ class Uses:
     """How many layers of a graph use each parameter, and who takes each layer's value."""
 
     def __init__(self, graph: LayerGraph) -> None:
+        graph.require_edges()
         self._results = {id(output) for output in graph.outputs}
         self._parameters: Counter[int] = Counter()
         for layer in graph:

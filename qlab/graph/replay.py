@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qlab.graph.example import cloned
 from qlab.graph.layer_graph import Call, Layer, LayerGraph, fill
 
 Fingerprint = Callable[[Layer], Hashable]
@@ -101,6 +102,8 @@ class Replay:
 
     def _run(self, stored: _Stored, wanted: set[int], commit: bool) -> list[Any]:
         keys = self.keys()
+        if self.graph.runs_whole:
+            return self._run_whole(stored, wanted, keys, commit)
         run = self._needed(stored, wanted, keys)
         bypass = False
         if commit and stored.values and self._share(run) > self.full_share:
@@ -150,6 +153,30 @@ class Replay:
                 waiting[source.index] -= 1
                 if not waiting[source.index] and source.index not in wanted:
                     values[source.index] = None
+        return values
+
+    def _run_whole(self, stored: _Stored, wanted: set[int], keys: list[int], commit: bool) -> list[Any]:
+        """The values of `wanted`, all others None, for a graph whose layers run together only."""
+        key = hash(tuple(keys))
+        values: list[Any] = [None] * len(self.graph)
+        if all(stored.keys.get(index) == key for index in wanted):
+            for index in wanted:
+                values[index] = stored.values[index]
+            return values
+
+        def call(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            value = self.call(layer, args, kwargs)
+            if layer.index in wanted:
+                values[layer.index] = cloned(value)  # the model's code may write to it
+            return value
+
+        self.graph.run(stored.inputs, call)
+        self.counts.full_forwards += 1
+        self.counts.forwards += 1
+        self.counts.layer_calls += len(self.graph)
+        if commit:
+            for index in wanted:
+                self._store(stored, self.graph.layers[index], values[index], key)
         return values
 
     def _store(self, stored: _Stored, layer: Layer, value: Any, key: int) -> None:

@@ -6,6 +6,7 @@ the sim is no longer what it began to measure.
 
 import html as _html
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -157,6 +158,8 @@ class Scoreboard:
         """
         sim, found = self._sim, {}
         quantized = self._interruptible(sim.call, job)
+        if sim.graph.runs_whole:
+            return self._noise_of_whole(quantized)
 
         def call(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             exact = call_layer(layer, *_side((args, kwargs), 0))
@@ -170,6 +173,31 @@ class Scoreboard:
         with torch.no_grad():
             sim.graph.run(sim.inputs(self.probe[0]), call)
         return found
+
+    def _noise_of_whole(self, quantized: Call) -> dict[str, float]:
+        """The same where layers run together only: the float model first, then the sim, call by call."""
+        sim, flat = self._sim, self._sim.inputs(self.probe[0])
+        exact: dict[str, list[Tensor]] = defaultdict(list)
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+        def keep(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            value = call_layer(layer, args, kwargs)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                exact[layer.name].append(value.clone())
+            return value
+
+        def compare(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            value = quantized(layer, args, kwargs)
+            if exact[layer.name] and exact[layer.name][0].shape == value.shape:
+                wanted = exact[layer.name].pop(0).double()
+                sums[layer.name][0] += float(wanted.square().sum())
+                sums[layer.name][1] += float((wanted - value.double()).square().sum())
+            return value
+
+        with torch.no_grad():
+            sim.graph.run(flat, keep)
+            sim.graph.run(flat, compare)
+        return {name: _decibel(signal, noise) for name, (signal, noise) in sums.items()}
 
     def _twin(self, job: Job, call: Call) -> QuantSim:
         """The same sim, each layer computed by `call`, which can be interrupted between layers while it is scored."""

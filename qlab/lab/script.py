@@ -28,13 +28,14 @@ def script_of(beginning: Code, actions: Sequence[Action]) -> str:
 
 
 def _first(sim: QuantSim, entry: LogEntry) -> Code:
-    axes = _dynamic(sim)
+    axes = () if sim.graph.runs_whole else _dynamic(sim)
     dynamic = f", dynamic={axes}" if axes else ""
     if entry.what == "load":
         return Code.line(f"sim = qlab.load({os.fspath(entry.batches)!r}, model, example{dynamic})", ("import qlab",))
     preset = preset_code(sim.preset)
     imports = ("import qlab", *preset.imports)
-    return Code.line(f"sim = qlab.QuantSim(model, example, {preset.text}{dynamic})", imports)
+    failing = ', on_capture_failure="modules"' if sim.graph.runs_whole else ""
+    return Code.line(f"sim = qlab.QuantSim(model, example, {preset.text}{dynamic}{failing})", imports)
 
 
 def _dynamic(sim: QuantSim) -> tuple[int, ...]:

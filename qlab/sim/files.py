@@ -54,6 +54,7 @@ def save(sim: "QuantSim", path: str | os.PathLike[str]) -> None:
         "edits": sim.graph.edits,
         "folded": list(sim.graph.folded),
         "aliases": aliases,
+        "runs_whole": sim.graph.runs_whole,
         "layers": [layer.name for layer in sim.graph],
     }
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, example: Any, dynamic: 
     from qlab.sim.quant_sim import QuantSim
 
     header, tensors = _read(path)
-    sim = QuantSim(model, example, _preset_from_json(header["preset"]), dynamic)
+    failing = "modules" if header.get("runs_whole") else "raise"
+    sim = QuantSim(model, example, _preset_from_json(header["preset"]), dynamic, failing)
     _put(sim, header, tensors, path)
     marks = Marks.of(sim)
     sim.log[:] = [LogEntry("load", os.fspath(path), None, marks, marks)]

@@ -18,6 +18,12 @@ from qlab.sim.presets import Preset
 
 RECURRENT = ("lstm", "gru", "rnn")
 
+# Kinds of a graph that runs whole, see ModuleGraph.
+_NOT_CAPTURED = {
+    "code": "code between the modules, which could not be captured",
+    "uncalled": "the example does not reach it: make the sim with one that does",
+}
+
 
 class Role(enum.Enum):
     """What happens to the output of a layer."""
@@ -96,6 +102,8 @@ def _float_reason(layer: Layer) -> str:
     """Why a layer cannot be quantized at all, '' where it can."""
     if layer.kind in RECURRENT:
         return "a recurrent layer returns several tensors; its gates stay in float"
+    if layer.kind in _NOT_CAPTURED:
+        return _NOT_CAPTURED[layer.kind]
     if layer.dtype is None:
         return "" if layer.kind in SAME_GRID else "not a single tensor"
     if not layer.dtype.is_floating_point:

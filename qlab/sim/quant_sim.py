@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qlab.errors import SpecError, UnknownLayer, nearest
-from qlab.graph import Layer, call_layer, capture
+from qlab.graph import Layer, call_layer, captured
 from qlab.graph.kinds import WEIGHTED
 from qlab.progress import Progress, Silent
 from qlab.quantization import Quantizer, WeightQuantizer
@@ -98,17 +98,23 @@ class QuantSim(nn.Module):
     model: any nn.Module; it is copied and never changed. example: one batch as the model takes it (tensor, tuple,
     dict, or the first batch of a loader). preset: what the target asks for, default 8 bits. dynamic: axes beside the
     batch whose size may change, such as (2, 3) for height and width. Raises CaptureError where the model cannot be
-    captured; qlab.validate(model, example) then lists the places.
+    captured; qlab.validate(model, example) then lists the places. With on_capture_failure="modules" the sim then calls
+    the model as it is and quantizes its modules; what needs to know which layer feeds which raises NeedsCapture.
     """
 
     def __init__(
-        self, model: nn.Module, example: Any, preset: Preset | None = None, dynamic: Sequence[int] = ()
+        self,
+        model: nn.Module,
+        example: Any,
+        preset: Preset | None = None,
+        dynamic: Sequence[int] = (),
+        on_capture_failure: str = "raise",
     ) -> None:
         super().__init__()
         if not isinstance(preset, Preset | None):
             raise SpecError(f"preset must be a Preset such as qlab.presets.w8a8(); got {preset!r}.")
         self.preset = preset or w8a8()
-        self.graph = capture(model, example, dynamic)
+        self.graph = captured(model, example, dynamic, on_capture_failure)
         self.origin = uuid.uuid4().hex
         self._install(self.graph.root)
         self.eval()
@@ -392,6 +398,7 @@ class QuantSim(nn.Module):
         """
         from qlab.export.export import export
 
+        self.graph.require_edges("Export")
         return export(self, path, encodings, weights, formats, progress)
 
     def load_encodings(

@@ -79,6 +79,7 @@ def stream(
     their last use; what exceeds `max_bytes` waits in a temporary file. seen: called with the flat inputs of each batch
     as it is read; batches are read once. Nothing after the last stop is run.
     """
+    sim.graph.require_edges()
     chosen = sorted({sim.graph[name].index for name in layers})
     if not chosen:
         return

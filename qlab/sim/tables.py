@@ -119,8 +119,9 @@ def summary(sim: "QuantSim") -> str:
     """One line: how many layers and quantizers, and whether they are calibrated."""
     quantizers = [q for q in sim.quantizers.values() if isinstance(q, Quantizer)]
     missing = sum(q.encoding is None for q in quantizers)
+    whole = ", module by module as it could not be captured" if sim.graph.runs_whole else ""
     state = "calibrated" if not missing else f"{missing} quantizers not calibrated: run sim.calibrate(batches)"
-    return f"QuantSim({sim.preset.name}, {len(sim.graph)} steps, {len(quantizers)} quantizers, {state})"
+    return f"QuantSim({sim.preset.name}, {len(sim.graph)} steps, {len(quantizers)} quantizers, {state}{whole})"
 
 
 def html(sim: "QuantSim") -> str:

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from qlab.errors import NeedsCapture
 from qlab.progress import Progress, Silent
 from qlab.settings import check
 from qlab.sim import QuantSim
@@ -100,9 +101,13 @@ class Technique:
         data = self._data(batches)
         before, started = Marks.of(sim), time.perf_counter()
         steps = len(sim.log)
-        with transaction(sim):
-            report = self.run(sim, data, score, progress or Silent())
-            sim.log[steps:] = [LogEntry(self, batches, score, before, Marks.of(sim))]  # in place of what it did within
+        try:
+            with transaction(sim):
+                report = self.run(sim, data, score, progress or Silent())
+                after = Marks.of(sim)
+                sim.log[steps:] = [LogEntry(self, batches, score, before, after)]  # in place of what it did within
+        except NeedsCapture as error:
+            raise NeedsCapture(f"{type(self).__name__} is off for this sim: {error}") from None
         return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
     def run(self, sim: QuantSim, batches: Batches | None, score: Any, progress: Progress) -> Report:

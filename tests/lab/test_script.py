@@ -32,7 +32,7 @@ def graph(network: nn.Module, batches: list[Tensor]) -> LayerGraph:
 @pytest.fixture
 def quick_capture(graph: LayerGraph, monkeypatch: pytest.MonkeyPatch) -> None:
     """Capturing again gives an equal graph; here a copy of one saves a second a script."""
-    monkeypatch.setattr(qlab.sim.quant_sim, "capture", lambda *_: copy.deepcopy(graph))
+    monkeypatch.setattr(qlab.sim.quant_sim, "captured", lambda *_: copy.deepcopy(graph))
 
 
 class World:
