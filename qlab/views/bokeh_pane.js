@@ -161,13 +161,16 @@ export default () => {
         },
       };
       // Bokeh tells Python of the end of a drag only where a tool handled it, not where an annotation did.
+      const ends = ["pointerup", "pointercancel"];
+      const pressed = () => ends.forEach((end) => window.addEventListener(end, released, true)); // tools stop it on its way
       const released = () => {
+        ends.forEach((end) => window.removeEventListener(end, released, true));
         setTimeout(() => {
           view.flush?.();
           send({ kind: "released" });
         }, PAUSE_MS);
       };
-      canvas.addEventListener("pointerdown", () => window.addEventListener("pointerup", released, { once: true }), true);
+      canvas.addEventListener("pointerdown", pressed, true);
       let stopFollowing = () => {};
       try {
         await ready;
