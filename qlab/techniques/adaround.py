@@ -28,6 +28,8 @@ from qlab.techniques.rounding_task import RoundingTask
 from qlab.techniques.soft_training import SAMPLES, train_rounding
 from qlab.techniques.technique import Report, Technique
 
+_STEP = 1e7  # what a step of training costs beside its products, in operations: 0.5 ms
+
 
 @dataclass(frozen=True)
 class AdaRound(Technique):
@@ -82,7 +84,10 @@ class AdaRound(Technique):
 
     def _choose(self, task: RoundingTask, report: Callable[[str], None]) -> str:
         """Changes the task's quantizer; returns how."""
-        if task.moments is None:
+        if task.moments is None or (self.method == "auto" and self._is_cheaper_trained(task)):
+            if self.search_scale and not task.holds_grid:
+                rough = task.rough_problem()
+                task.use_scale(search_scale(rough, task.owner, lambda p: p.nearest(), task.quantizer.bits))
             self._train(task, report)
             return "sgd"
         problem = task.problem(self.damping, self.correct_bias)
@@ -90,7 +95,7 @@ class AdaRound(Technique):
         if self.search_scale and not task.holds_grid:
             task.use_scale(search_scale(problem, task.owner, lambda p: nearest_plane(p, factor), task.quantizer.bits))
             problem = task.problem(self.damping, self.correct_bias)
-        if self.method == "sgd" or (self.method == "auto" and self._is_cheaper_trained(task)):
+        if self.method == "sgd":
             self._train(task, report)
             return "sgd"
         form, levels = search(problem, factor)
@@ -115,7 +120,7 @@ class AdaRound(Technique):
         groups, outputs, inputs = task.weight.shape
         x, _ = next(task.stop.inputs(task.form.operand))
         rows = SAMPLES * task.form.positions(x) / max(len(x), 1)
-        trained = 6.0 * (self.iterations or 10_000) * groups * outputs * inputs * rows
+        trained = (self.iterations or 10_000) * (6.0 * groups * outputs * inputs * rows + _STEP)
         return groups * inputs**2 * (inputs + 15.0 * outputs) > trained
 
 

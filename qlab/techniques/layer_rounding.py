@@ -99,7 +99,10 @@ class _Walk:
                 cache.save(keys[name], self._quantizer(name), self._rows[name])
         notes = []
         if found:
-            notes.append(f"{found} layers were taken from {self.plan.cache_dir}.")
+            notes.append(
+                f"{found} layers were taken from {self.plan.cache_dir}; no moments of them are kept: when their bits "
+                "change, data are needed again."
+            )
         if cache is not None and cache.damaged:
             notes.append(
                 f"{cache.damaged} files of {self.plan.cache_dir} were damaged; their layers were rounded anew."

@@ -13,6 +13,8 @@ from qlab.quantization.rounding import RoundingProblem
 from qlab.sim import QuantSim
 from qlab.sim.streaming import Stop
 
+_ROUGH_ROWS = 512  # of a batch
+
 
 @dataclass(frozen=True, eq=False)
 class RoundingTask:
@@ -64,6 +66,23 @@ class RoundingTask:
         dtype = torch.float64 if encoding.bits > 8 else torch.float32
         parts = (target.contiguous(), metric, scale, encoding.qmin - zero, encoding.qmax - zero)
         return RoundingProblem(*(part.to(dtype) for part in parts))
+
+    def rough_problem(self) -> RoundingProblem:
+        """The weight itself as the target, every input by itself: for layers whose second moments cost too much."""
+        if self.moments is not None:
+            energy = torch.diagonal(self.moments.gram, dim1=1, dim2=2)
+        else:
+            assert self.stop is not None
+            energy = self.weight.new_zeros(self.form.groups, self.form.inputs, dtype=torch.float32)
+            for _, xh in self.stop.inputs(self.form.operand):
+                count = self.form.positions(xh)
+                few = torch.arange(0, count, max(count // _ROUGH_ROWS, 1), device=xh.device)
+                energy += self.form.rows(xh, few).float().square().mean(1)
+        encoding = self.quantizer.required_encoding()
+        scale, zero = (self._spread(values).float() for values in (encoding.scale, encoding.zero_point))
+        return RoundingProblem(
+            self.weight.float(), energy[:, None].clamp_min(1e-30), scale, encoding.qmin - zero, encoding.qmax - zero
+        )
 
     @property
     def owner(self) -> Tensor:

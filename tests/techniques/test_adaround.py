@@ -350,13 +350,15 @@ def test_little_memory_changes_nothing_but_what_is_kept(captured):
 def test_a_layer_whose_moments_have_no_room_is_trained_or_left_to_the_nearest():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 4), nn.ReLU(), nn.Linear(4, 3)).eval()  # 32 * 300^2 bytes: 2.7 MiB
+    model[0].weight.data[0, 0] = 0.2  # a long tail
     x = correlated(100, 300)
     sim = qlab.QuantSim(model, x, qlab.presets.w4a8())
     sim.calibrate([x])
     twin = copy.deepcopy(sim)
     rows = qlab.AdaRound(memory=1, iterations=200).apply(sim, [x]).rows
     assert [row["form"] for row in rows] == ["sgd", "enumeration"]
-    assert rows[0]["sqnr_after"] > rows[0]["sqnr_before"]
+    assert rows[0]["sqnr_after"] > rows[0]["sqnr_before"] + 0.5
+    assert rows[0]["scale"] < 1  # a narrower grid is looked for without moments as well
     rows = qlab.GPTQ(memory=1).apply(twin, [x]).rows
     assert [row["form"] for row in rows] == ["too large: to nearest", "columns"]
     assert twin["0"].weight.rounding is None

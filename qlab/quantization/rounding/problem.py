@@ -14,8 +14,9 @@ from torch import Tensor
 class RoundingProblem:
     """Minimise e G e^T over e = scale * levels - target, for each row by itself.
 
-    Shapes: target [B, M, K]; metric G [B, K, K], symmetric and positive definite; scale, low, high broadcast against
-    target. levels are whole numbers as floats: integer codes minus the zero point, from low to high.
+    Shapes: target [B, M, K]; metric G [B, K, K], symmetric and positive definite, or [B, 1, K], its diagonal, where
+    nothing but `error` is asked for; scale, low, high broadcast against target. levels are whole numbers as floats:
+    integer codes minus the zero point, from low to high.
     """
 
     target: Tensor
@@ -39,7 +40,8 @@ class RoundingProblem:
     def error(self, levels: Tensor) -> Tensor:
         """e G e^T of each row [B, M]."""
         e = levels * self.scale - self.target
-        return ((e @ self.metric) * e).sum(-1)
+        is_diagonal = self.metric.shape[1] == 1
+        return ((e * self.metric if is_diagonal else e @ self.metric) * e).sum(-1)
 
     def scaled(self, factor: Tensor | float) -> "RoundingProblem":
         """The same problem on a grid `factor` times as wide; factor broadcasts against target."""

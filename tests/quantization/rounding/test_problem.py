@@ -1,5 +1,7 @@
 """The metric's error is that of the outputs, and grids are what they say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,3 +25,10 @@ def test_nearest_and_floor_by_hand_with_an_end_of_the_grid():
     assert problem.floor().tolist() == [[[0, -1, 0, 3, -2]]]
     assert problem.nearest(torch.full((1, 1, 5), 0.9)).tolist() == [[[2, 2, 2, 2, 2]]]
     assert problem.scaled(2.0).nearest().tolist() == [[[0, 0, 0, 3, -2]]]
+
+
+def test_a_diagonal_may_stand_for_its_matrix():
+    made = rows(2, 3, 6).problem
+    energy = torch.diagonal(made.metric, dim1=1, dim2=2)
+    whole, short = replace(made, metric=torch.diag_embed(energy)), replace(made, metric=energy[:, None])
+    torch.testing.assert_close(short.error(made.nearest()), whole.error(made.nearest()))
