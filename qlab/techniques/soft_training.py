@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from qlab.graph import Layer, call_layer
-from qlab.quantization.rounding import SoftRounding
+from qlab.quantization.rounding import Adam, SoftRounding
 from qlab.sim import QuantSim, Role
 from qlab.sim.streaming import Arguments
 from qlab.techniques.rounding_task import RoundingTask
@@ -33,27 +33,28 @@ def train_rounding(
     scale, zero = (part.expand_as(weight).contiguous() for part in encoding.broadcast(weight.shape))
     low, high = encoding.qmin - zero, encoding.qmax - zero
     floor = torch.minimum(torch.maximum((weight / scale).floor(), low), high)
-    v = soft.start((weight / scale - floor).clamp(0, 1 - 1e-6)).requires_grad_()
+    v = soft.start((weight / scale - floor).clamp(0, 1 - 1e-6))
+    adam = Adam(v, rate)
     following = activations(task.sim, task.layer)
     inputs, wanted, template = _samples(task, following, max_bytes)
     axis = 1 if form.windows is not None else -1
-    optimizer = torch.optim.Adam([v], lr=rate)
     generator = torch.Generator().manual_seed(seed)
-    with task.sim.evaluating(), torch.enable_grad():
+    with task.sim.evaluating(), torch.no_grad():
         for step in range(soft.steps):
             each(step)
             drawn = torch.randint(len(inputs), (SAMPLES,), generator=generator).to(inputs.device)
             share = soft.share(v)
-            rounded = torch.minimum(torch.maximum(floor + share, low), high) * scale
-            output = _apply(task, template, inputs[drawn], rounded)
-            error = (_follow(following, output) - wanted[drawn]).square()
-            loss = error.sum(axis).mean()
-            beta = soft.beta(step)
-            if beta is not None:
-                loss = loss + soft.regularizer(share, beta)
-            (v.grad,) = torch.autograd.grad(loss, [v])
-            optimizer.step()
-    chosen = torch.minimum(torch.maximum(floor + (soft.share(v.detach()) >= 0.5), low), high)
+            levels = floor + share
+            held = torch.minimum(torch.maximum(levels, low), high)
+            rounded = (held * scale).requires_grad_()
+            with torch.enable_grad():
+                output = _follow(following, _apply(task, template, inputs[drawn], rounded))
+            # The loss's own derivative by the output: the loss itself is never needed.
+            by_output = (output - wanted[drawn]).mul_(2 * output.shape[axis] / output.numel())
+            (by_weight,) = torch.autograd.grad(output, [rounded], by_output)
+            by_share = by_weight.mul_(scale).mul_(held == levels)
+            adam.step(soft.gradient(v, share, by_share, soft.beta(step)))
+    chosen = torch.minimum(torch.maximum(floor + (soft.share(v) >= 0.5), low), high)
     return form.matrix(chosen)
 
 

@@ -69,6 +69,21 @@ def test_statistics_that_do_not_fit_are_mended_and_the_report_says_what_it_gaine
     assert "sim.calibrate(batches)" in report.notes[0]  # ranges were measured with other statistics
 
 
+@pytest.mark.parametrize("build", [qlab.examples.mobilenet, qlab.examples.resnet])
+def test_after_training_at_four_bits_it_gains_and_a_second_time_there_is_nothing_to_gain(build):
+    digits = qlab.examples.digits()
+    sim = qlab.QuantSim(build(), digits.train_images[:2], qlab.presets.w4a4())
+    sim.calibrate(digits.calibration(4))
+    # A large step moves weights faster than running averages follow.
+    qlab.QAT(mode="regular", epochs=1, learning_rate=1e-2).apply(sim, digits.train[:12])
+    score = qlab.Accuracy(digits.test[:3])
+    first, second = (qlab.BatchNormReestimation().apply(sim, digits.train[:20], score=score) for _ in range(2))
+    assert first.values["after"] > first.values["before"] + 0.3
+    assert "nothing to gain" not in first.summary
+    assert second.values["after"] == second.values["before"] == sim.evaluate(score)
+    assert "nothing to gain" in second.summary
+
+
 def test_a_score_that_falls_brings_the_old_statistics_back():
     data = batches()
     sim = calibrated(lived(images()), data[0])

@@ -1,5 +1,6 @@
 """Which integers to round a weight to, once second moments say what each choice costs: searches on plain tensors."""
 
+from qlab.quantization.rounding.adam import Adam
 from qlab.quantization.rounding.descent import coordinate_descent
 from qlab.quantization.rounding.enumeration import MAX_ENUMERATED, enumerate_roundings
 from qlab.quantization.rounding.nearest_plane import Factor, factor_metric, nearest_plane
@@ -10,6 +11,7 @@ from qlab.quantization.rounding.soft import SoftRounding
 
 __all__ = [
     "MAX_ENUMERATED",
+    "Adam",
     "Factor",
     "RoundingProblem",
     "SoftRounding",

@@ -7,9 +7,9 @@ against the form on minibatches is only the activation function in the loss.
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from qlab.quantization.rounding.adam import Adam
 from qlab.quantization.rounding.problem import RoundingProblem
 from qlab.quantization.rounding.soft import SoftRounding
 
@@ -29,15 +29,11 @@ def relax(
     problem = replace(problem, metric=problem.metric / max(output, 1e-30))
     floor = problem.floor()
     v = soft.start((problem.target / problem.scale - floor).clamp(0, 1 - 1e-6))
-    first, second = torch.zeros_like(v), torch.zeros_like(v)
+    adam = Adam(v, rate)
     for step in range(soft.steps):
         if each is not None:
             each(step)
-        gradient = relaxed_gradient(problem, soft, v, floor, soft.beta(step))
-        first.lerp_(gradient, 0.1)
-        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        size = (second / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-8)
-        v.addcdiv_(first, size, value=-rate / (1 - 0.9 ** (step + 1)))
+        adam.step(relaxed_gradient(problem, soft, v, floor, soft.beta(step)))
     return problem.clamp(floor + (soft.share(v) >= 0.5))
 
 
@@ -60,9 +56,7 @@ def relaxed_gradient(
     """The derivative of `relaxed_loss` by `v`, in closed form."""
     share = soft.share(v)
     levels = floor + share
-    inside = (levels >= problem.low) & (levels <= problem.high)
-    error = problem.clamp(levels) * problem.scale - problem.target
-    gradient = (error @ problem.metric).mul_(2 * problem.scale).mul_(inside)
-    if beta is not None:
-        gradient += soft.regularizer_slope(share, beta)
-    return gradient.mul_(soft.slope(v))
+    held = problem.clamp(levels)
+    error = held * problem.scale - problem.target
+    by_share = (error @ problem.metric).mul_(2 * problem.scale).mul_(held == levels)
+    return soft.gradient(v, share, by_share, beta)

@@ -64,3 +64,9 @@ class SoftRounding:
         """The regularizer's derivative by h."""
         centred = 2 * share - 1
         return (-2 * self.strength * beta) * centred.abs().pow(beta - 1) * centred.sign()
+
+    def gradient(self, v: Tensor, share: Tensor, by_share: Tensor, beta: float | None) -> Tensor:
+        """The derivative by V of a loss and the regularizer, `by_share` being the loss's derivative by h = h(V)."""
+        if beta is not None:
+            by_share = by_share + self.regularizer_slope(share, beta)
+        return by_share * self.slope(v)
