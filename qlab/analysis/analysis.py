@@ -1,6 +1,7 @@
 """Analysis: what QuantAnalyzer found, as tables; figures, reports and diagnoses come from it."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import pandas as pd
 
 from qlab.analysis.bits import Bits
 from qlab.analysis.estimate import estimate_of
+from qlab.analysis.freshness import Fingerprint
 from qlab.analysis.precision import spearman
 from qlab.analysis.sweep import Work
 from qlab.analysis.units import Unit
@@ -22,6 +24,7 @@ from qlab.sim import QuantSim
 if TYPE_CHECKING:
     from qlab.analysis.diagnosis import Diagnosis
 
+EARLIER = "of an earlier state"
 _KEY = ["layer", "part", "mode", "bits"]
 
 
@@ -33,7 +36,8 @@ class Analysis:
     summary, enabled, disabled: columns of `Row`; `enabled` has only this layer quantized (change: against float),
     `disabled` all but this one (change: against all quantized). noise: see `layer_noise`, with `unit`, the row of the
     other tables. ranges, histograms, estimate: see `channel_ranges`, `histograms`, `estimate_sensitivity`.
-    work: done by the sweeps, and brute_force: had every case been a full run. samples: behind the scores.
+    work: done by the sweeps, and brute_force: had every case been a full run. samples: behind the scores. fingerprint:
+    what the numbers depend on, see `changed_units`.
     """
 
     score_name: str
@@ -52,6 +56,7 @@ class Analysis:
     samples: int
     seconds: float
     notes: tuple[str, ...] = ()
+    fingerprint: Fingerprint = field(default_factory=Fingerprint, repr=False)
     sim: QuantSim | None = field(default=None, repr=False)
     batches: tuple[Any, ...] = field(default=(), repr=False)
 
@@ -107,18 +112,39 @@ class Analysis:
             raise InputError(f"mode must be 'enabled' or 'disabled'; got {mode!r}.")
         return self.enabled if mode == "enabled" else self.disabled
 
+    def changed_units(self, sim: QuantSim) -> list[Unit]:
+        """The rows whose layers `sim` quantizes otherwise than when they were measured; all after a change of weights.
+
+        `QuantAnalyzer.update` measures them again.
+        """
+        return self.fingerprint.changed(sim, self.units)
+
     def updated(self, other: "Analysis") -> "Analysis":
         """This analysis with the rows that `other` measured anew, after an edit of some layers.
 
-        With only one layer quantized, other layers' rows stay valid; with all but one they do not: measure those again.
+        With only one layer quantized, other layers' rows stay valid. With all but one they do not, and say so in their
+        note, as do rows of the summary; the estimate loses the layers that were measured anew.
         """
         changed = {
-            name: pd.concat([getattr(self, name), getattr(other, name)])
-            .drop_duplicates(_KEY, keep="last")
-            .pipe(_in_order, getattr(self, name))
-            for name in ("enabled", "disabled", "summary")
+            name: _merged(getattr(self, name), getattr(other, name)) for name in ("enabled", "disabled", "summary")
         }
-        return dataclasses.replace(other, **changed, units=tuple(dict.fromkeys((*self.units, *other.units))))
+        estimate = other.estimate
+        if not len(estimate):
+            anew = {layer for unit in other.units for layer in unit.layers}
+            estimate = self.estimate[~self.estimate.layer.isin(anew)].reset_index(drop=True)
+        units = tuple({(unit.layer, unit.part): unit for unit in (*self.units, *other.units)}.values())
+        fingerprint = self.fingerprint.updated(other.fingerprint)
+        return dataclasses.replace(other, **changed, units=units, estimate=estimate, fingerprint=fingerprint)
+
+    def switched_off(self, units: Sequence[Unit], fingerprint: Fingerprint) -> "Analysis":
+        """This analysis after `units` were switched off: their rows have no number, and say so."""
+        gone = {(unit.layer, unit.part) for unit in units}
+        is_gone = [key in gone for key in zip(self.enabled.layer, self.enabled.part, strict=True)]
+        enabled = self.enabled.copy()
+        enabled.loc[is_gone, [name for name in enabled.columns if enabled[name].dtype == float]] = math.nan
+        enabled.loc[is_gone, "note"] = "switched off"
+        earlier = {name: _merged(getattr(self, name), getattr(self, name).iloc[:0]) for name in ("disabled", "summary")}
+        return dataclasses.replace(self, enabled=enabled, fingerprint=self.fingerprint.updated(fingerprint), **earlier)
 
     def unit_of(self, layer: str) -> Unit:
         """The row that a layer belongs to; raises UnknownLayer."""
@@ -200,6 +226,13 @@ class Analysis:
 
     def _summary(self, mode: str) -> pd.DataFrame:
         return self.summary[self.summary["mode"] == mode].reset_index(drop=True)
+
+
+def _merged(rows: pd.DataFrame, anew: pd.DataFrame) -> pd.DataFrame:
+    """`rows` with those of `anew` in their place; others that an edit made old say so."""
+    old = rows["mode"].isin(["disabled", "both", "weights only", "activations only"]) & (rows.note == "")
+    both = pd.concat([rows.assign(note=rows.note.mask(old, EARLIER)), anew]) if len(rows) else anew
+    return _in_order(both.drop_duplicates(_KEY, keep="last"), rows)
 
 
 def _in_order(rows: pd.DataFrame, like: pd.DataFrame) -> pd.DataFrame:

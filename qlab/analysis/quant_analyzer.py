@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from glob import escape
 from itertools import chain, islice
 from typing import Any
 
@@ -19,6 +20,7 @@ from qlab.analysis.bits import Bits
 from qlab.analysis.cases import MODES, SUMMARY, Case, cases_of
 from qlab.analysis.distributions import channel_ranges, histograms
 from qlab.analysis.estimate import ESTIMATE_COLUMNS, estimate_sensitivity
+from qlab.analysis.freshness import Fingerprint
 from qlab.analysis.layer_noise import layer_noise
 from qlab.analysis.ledger import Ledger, Outcome, Row
 from qlab.analysis.plan import Plan
@@ -43,6 +45,7 @@ class QuantAnalyzer:
     by: str = setting("layer", "a row for each layer, or for each weight and output", choices=("layer", "quantizer"))
     enabled: bool = setting(True, "score with only this layer quantized")
     disabled: bool = setting(True, "score with all but this layer quantized")
+    summary: bool = setting(True, "score with weights alone, activations alone and all quantized")
     estimate: bool = setting(True, "estimate every layer at several widths and granularities from one pass")
     estimate_bits: str | int | Sequence[Any] = setting("4, 8", "widths of the estimate, beside those above")
     probes: int = setting(2, "random directions of the estimate: more are surer and slower", minimum=1, maximum=64)
@@ -105,6 +108,36 @@ class QuantAnalyzer:
         (`analysis = yield from ...`, or the value of StopIteration)."""
         return dataclasses.replace(self, **settings)._started(sim, batches, score, progress, executor, tells=True)
 
+    def update(
+        self,
+        analysis: Analysis,
+        sim: QuantSim,
+        batches: Any,
+        score: "Evaluation | Callable[[Any], Any] | None" = None,
+        progress: Progress | None = None,
+        executor: Executor | None = None,
+    ) -> Analysis:
+        """`analysis` with the rows measured again that an edit of `sim` made old, each with only its layer quantized.
+
+        Give it what `measure` was given. Rows of other layers still hold, and are not measured; what does not hold says
+        so in its note (see `Analysis.updated`). Where weights changed, all is measured again.
+        """
+        changed = analysis.changed_units(sim)
+        if not changed:
+            return analysis
+        again = dataclasses.replace(self, bits=analysis.bits)
+        if len(changed) == len(analysis.units):
+            return again.measure(sim, batches, score, progress, executor)
+        known = {(unit.layer, unit.part) for unit in units_of(sim, self.by)}
+        off = [unit for unit in changed if (unit.layer, unit.part) not in known]
+        if off:
+            analysis = analysis.switched_off(off, Fingerprint.of(sim, off))
+        names = [escape(unit.layer) for unit in changed if unit not in off]
+        if not names:
+            return analysis
+        part = dataclasses.replace(again, layers=names, disabled=False, summary=False, estimate=False)
+        return analysis.updated(part.measure(sim, batches, score, progress, executor))
+
     def _started(
         self,
         sim: QuantSim,
@@ -140,7 +173,7 @@ class QuantAnalyzer:
     ) -> Generator[Row, None, Analysis]:
         began = time.perf_counter()
         bits = Bits.several(self.bits)
-        cases = cases_of(units, bits, [mode for mode in MODES if getattr(self, mode)])
+        cases = cases_of(units, bits, [mode for mode in MODES if getattr(self, mode)], self.summary)
         sweep = Sweep(sim, cases, self.max_bytes)
         plan = Plan(judge, cases, probe, is_shared=executor is not None)
         steps = _Steps(progress, plan.steps + len(probe) * (1 + self.estimate))
@@ -149,6 +182,7 @@ class QuantAnalyzer:
             judge.prepare(sweep.sim)
         noise = layer_noise(shadow(sim), probe, steps)
         estimate = self._estimate(sim, probe, bits, steps, notes)
+        fingerprint = Fingerprint.of(sim, units)
         ledger, stopper = Ledger(judge), _Stopper(self.stop_when_stable, cases)
         workers = None if executor is None else Workers(executor, sweep, sim, self.max_bytes)
         pieces = plan.pieces(sweep.sim)
@@ -188,6 +222,7 @@ class QuantAnalyzer:
             samples=samples,
             seconds=time.perf_counter() - began,
             notes=tuple(notes),
+            fingerprint=fingerprint,
             sim=sim,
             batches=tuple(probe),
         )

@@ -11,6 +11,7 @@ from qlab.plots.columns import WrongColumns, numbers, read_frame, texts
 from qlab.plots.layer_rows import LayerRows
 
 MODES = {"enabled": "only this layer quantized", "disabled": "all but this layer quantized"}
+HOLLOW = "rgba(0, 0, 0, 0)"  # the end of a bar with something to say, such as that it is of an earlier state
 _COLUMNS = (
     "layer",
     "series",
@@ -25,6 +26,7 @@ _COLUMNS = (
     "bottom",
     "row",
     "color",
+    "fill",
     "marker",
 )
 
@@ -36,7 +38,7 @@ def sensitivity(
 
     frame: one row per layer and series with `layer`, `score` (NaN: not measured or failed), and optionally
         `error` (standard error), `mode` ("enabled", "disabled"), `bits`, or a `series` name of your own instead of
-        these two, and `note` (why a score is missing).
+        these two, and `note` (why a score is missing, or what is to be said of it; such a bar ends hollow).
     baseline: where bars start: the float score for "enabled", the quantized one for "disabled"; a mapping gives one for
         each series or mode. Without it bars start at 0.
     """
@@ -82,7 +84,7 @@ class SensitivityFigure(LayerRows):
             source=self.source,
             marker="marker",
             size=8,
-            fill_color="color",
+            fill_color="fill",
             line_color="color",
             nonselection_alpha=0.3,
         )
@@ -119,6 +121,10 @@ class SensitivityFigure(LayerRows):
         is_missing = np.isnan(score)
         note = [text or ("not measured yet" if gone else "") for text, gone in zip(note, is_missing, strict=True)]
         end = np.where(is_missing, start, score)
+        color = [
+            theme.NEUTRAL if gone else _look(theme.SERIES, slot[kind])
+            for kind, gone in zip(series, is_missing, strict=True)
+        ]
         self.source.data = {
             "layer": layer,
             "series": series,
@@ -132,10 +138,8 @@ class SensitivityFigure(LayerRows):
             "top": top + height * 0.08,
             "bottom": top + height * 0.92,
             "row": top + height / 2,
-            "color": [
-                theme.NEUTRAL if gone else _look(theme.SERIES, slot[kind])
-                for kind, gone in zip(series, is_missing, strict=True)
-            ],
+            "color": color,
+            "fill": [HOLLOW if text else full for text, full in zip(note, color, strict=True)],
             "marker": [
                 "x" if gone else _look(theme.MARKERS, slot[kind]) for kind, gone in zip(series, is_missing, strict=True)
             ],

@@ -1,32 +1,58 @@
 """Sensitivity: which layer costs what, as bars that grow while QuantAnalyzer measures; a click selects the layer."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import ipywidgets
 import pandas as pd
 
 from qlab.analysis import Analysis, QuantAnalyzer, Row
+from qlab.analysis.analysis import EARLIER
 from qlab.analysis.cases import MODES, SUMMARY
 from qlab.analysis.pictures import sensitivity_frame
 from qlab.errors import Cancelled
 from qlab.lab import Lab
 from qlab.lab.jobs import Job
 from qlab.plots import sensitivity
+from qlab.progress import Progress
+from qlab.sim import QuantSim
 from qlab.views.bokeh_pane import BokehPane
-from qlab.views.moment import Moment, moment_of
 from qlab.views.tabs import tab
 from qlab.views.view import View, escape
 
 DRAW_EVERY_S = 0.25
+QUICK_S = 3.0  # rows that an edit made old are measured again by themselves where that is expected to take less
 _CAPTIONS = {"enabled": "only this layer quantized", "disabled": "all but this layer quantized"}
 _COLUMNS = list(Row.__dataclass_fields__)
 _NUMBERS = ("score", "error", "change", "change_error")
 
 
+@dataclass(frozen=True)
+class Update:
+    """The rows of an analysis that an edit made old, measured again, as an analysis which a lab runs on a copy."""
+
+    analysis: Analysis
+    analyzer: QuantAnalyzer
+
+    def measure(self, sim: QuantSim, batches: Any, score: Any, progress: Progress) -> "Updated":
+        """The analysis as it is now."""
+        return Updated(self.analyzer.update(self.analysis, sim, batches, score, progress))
+
+
+@dataclass(frozen=True)
+class Updated:
+    """An analysis brought up to date."""
+
+    analysis: Analysis
+
+
 @tab("Sensitivity", place=25)
 class Sensitivity(View):
     """The bars of the analysis that the lab runs or ran last, whoever started it; Measure starts one.
+
+    After an edit of a layer its bar, with only this layer quantized, is measured again, by itself where that is quick;
+    the others still hold. Until then, and where they do not hold, bars say so.
 
     analyzer: the settings to measure with, beside the widths typed; without it there is no estimate, which the bars
     do not show. `analysis`: what was measured last, None before; a cancelled one leaves the bars that it found.
@@ -38,7 +64,7 @@ class Sensitivity(View):
         self._analyzer = analyzer or QuantAnalyzer(estimate=False)
         self.analysis: Analysis | None = None
         self._job: Job | None = None
-        self._moment: Moment = ()
+        self._row_s = 0.0
         self._rows: dict[tuple[str, ...], Row] = {}
         self._drawn = 0.0
         self._is_drawing = False
@@ -49,17 +75,20 @@ class Sensitivity(View):
         self._mode.style.description_width, self._mode.layout.width = "70px", "310px"
         self._start = ipywidgets.Button(description="Measure", icon="play", button_style="primary")
         self._start.on_click(self.guarded(lambda _: self.measure()))
+        self._renew = ipywidgets.Button(icon="refresh", layout=ipywidgets.Layout(display="none", width="auto"))
+        self._renew.on_click(self.guarded(lambda _: self.update()))
+        self._old: tuple[str, ...] = ()
         self._said = ipywidgets.HTML()
         self._figure = sensitivity(pd.DataFrame({"layer": [], "score": []}))
         self.pane = BokehPane(self._figure.figure, fallback=self._figure.to_svg)
         self._figure.source.selected.on_change("indices", self.guarded(self._clicked))
-        self._mode.observe(self.guarded(lambda _: self.redraw_soon()), "value")
+        self._mode.observe(self.guarded(lambda _: self._compare()), "value")
         self.listen(lab.events.job_published, self._published)
         self.listen(lab.events.job_ended, self._ended)
-        self.listen(lab.events.history_changed, self._say)
+        self.listen(lab.events.history_changed, self._compare)
         self.listen(lab.events.selected, self._selected)
         bar = ipywidgets.HBox(
-            [self._bits, self._mode, self._start, self._said],
+            [self._bits, self._mode, self._start, self._renew, self._said],
             layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"),
         )
         self.display(bar, self.pane)
@@ -72,11 +101,18 @@ class Sensitivity(View):
             settings["bits"] = self._bits.value.strip()
         return self._lab.start(QuantAnalyzer(**settings))
 
+    def update(self) -> Job:
+        """Starts to measure again, in the background, the rows that an edit made old; raises ValueError without any."""
+        if self.analysis is None or not self._old:
+            raise ValueError("no row is of an earlier state: there is nothing to measure again.")
+        return self._lab.start(Update(self.analysis, self._analyzer))
+
     def redraw(self) -> None:
         """Shows the rows that are known, the most sensitive layer first."""
         rows = pd.DataFrame([vars(row) for row in list(self._rows.values())], columns=_COLUMNS)
         rows = rows.astype(dict.fromkeys(_NUMBERS, float))  # of no rows as well
         summary = rows[rows["mode"].isin(SUMMARY)]
+        rows.loc[rows.layer.isin(self._old) & (rows["mode"] == "enabled"), "note"] = EARLIER
         frame, baseline = sensitivity_frame(rows, self._mode.value, summary)
         self._is_drawing = True
         try:
@@ -96,7 +132,7 @@ class Sensitivity(View):
         if not isinstance(record, Row):
             return
         if job is not self._job:
-            self._job, self._rows, self._moment = job, {}, moment_of(self._lab)
+            self._job, self._rows, self._old, self.analysis = job, {}, (), None
         self._rows[record.key] = record
         self._state = "Measuring."
         now = time.monotonic()
@@ -105,22 +141,51 @@ class Sensitivity(View):
             self.redraw_soon()
 
     def _ended(self, job: Job) -> None:
-        if job is not self._job:
-            return
-        if isinstance(job.value, Analysis):
-            self.analysis = job.value
-            rows = pd.concat([job.value.summary, job.value.enabled, job.value.disabled])
-            found = [Row(**row) for row in rows.to_dict("records")]
-            self._rows = {row.key: row for row in found}
-            name = " ".join(filter(None, (job.value.score_name, job.value.score_unit)))
-            self._state = f"{name}, {job.value.samples} samples, {job.seconds:.1f} s."
-        else:
+        if isinstance(job.value, Updated):
+            self._job = None
+            self._take(job.value.analysis, "Brought up to date", job.seconds)
+        elif job is self._job and isinstance(job.value, Analysis):
+            self._row_s = job.seconds / max(len(self._rows), 1)
+            self._take(job.value, "Measured", job.seconds)
+        elif job is self._job:
             self._state = "Cancelled." if isinstance(job.exception, Cancelled) else f"It failed: {job.exception}"
+            self.redraw_soon()
+
+    def _take(self, analysis: Analysis, how: str, seconds: float) -> None:
+        """Changes what is shown to the rows of `analysis`."""
+        self.analysis, self._old = analysis, ()
+        rows = pd.concat([analysis.summary, analysis.enabled, analysis.disabled])
+        self._rows = {row.key: row for row in (Row(**values) for values in rows.to_dict("records"))}
+        name = " ".join(filter(None, (analysis.score_name, analysis.score_unit)))
+        self._state = f"{how}: {name}, {analysis.samples} samples, {seconds:.1f} s."
+        self._compare()
+
+    def _compare(self) -> None:
+        """Looks which rows still hold; where few do not, offers to measure them again, or does where it is quick."""
+        before, self._old = self._old, self._changed()
+        is_offered = self._holds_in_part and self._mode.value == "enabled"
+        self._renew.description = f"Update {self._old[0]}" if len(self._old) == 1 else f"Update {len(self._old)} rows"
+        self._renew.layout.display = "" if is_offered else "none"
+        is_waiting = any(job.title == Update.__name__ for job in self._lab.jobs)
+        if is_offered and self._old != before and not is_waiting and self._row_s * (len(self._old) + 3) < QUICK_S:
+            self.update()
         self.redraw_soon()
 
+    def _changed(self) -> tuple[str, ...]:
+        """The layers whose rows are of an earlier state."""
+        return () if self.analysis is None else tuple(unit.layer for unit in self.analysis.changed_units(self._lab.sim))
+
+    @property
+    def _holds_in_part(self) -> bool:
+        return self.analysis is not None and 0 < len(self._old) < len(self.analysis.units)
+
     def _say(self) -> None:
-        stale = " Measured in an earlier state." if self._moment and self._moment != moment_of(self._lab) else ""
-        self._said.value = f"<span class='qlab-quiet' role='status'>{escape(self._state + stale)}</span>"
+        said = self._state
+        if self._mode.value == "enabled" and self._holds_in_part:
+            said += f" Of an earlier state: {', '.join(self._old)}."
+        elif self._old:
+            said += " Measured in an earlier state."
+        self._said.value = f"<span class='qlab-quiet' role='status'>{escape(said)}</span>"
 
     def _clicked(self, _attr: str, _old: Any, new: list[int]) -> None:
         if not self._is_drawing:

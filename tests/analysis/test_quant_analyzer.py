@@ -185,14 +185,47 @@ def test_after_an_edit_one_row_is_measured_anew_and_the_others_stay():
     sim = calibrated()
     analyzer = qlab.QuantAnalyzer(**QUICK)
     before = analyzer.measure(sim, data())
+    assert analyzer.update(before, sim, data()) is before
     sim["head"].weight.bits = 2
-    update = analyzer.measure(sim, data(), layers=["head"], disabled=False)
-    after = before.updated(update)
+    assert [unit.layer for unit in before.changed_units(sim)] == ["head"]
+    after = analyzer.update(before, sim, data())
     assert after.enabled.layer.tolist() == before.enabled.layer.tolist()
     fresh = analyzer.measure(sim, data())
     assert after.enabled.score.tolist() == fresh.enabled.score.tolist()
     assert after.enabled.score.tolist() != before.enabled.score.tolist()
     assert after.unit_of("head").layer == "head"
+    assert after.work.forwards < 0.2 * before.work.forwards
+    assert set(after.enabled.note) == {""}
+    assert set(after.disabled.note) == {"of an earlier state"}
+    assert after.summary.set_index("mode").note.to_dict() == {
+        "float": "",
+        "both": "of an earlier state",
+        "weights only": "of an earlier state",
+        "activations only": "of an earlier state",
+    }
+    assert after.changed_units(sim) == []
+
+
+def test_a_row_of_which_a_part_is_switched_off_is_one_row_still():
+    sim, analyzer = calibrated(), qlab.QuantAnalyzer(**QUICK)
+    before = analyzer.measure(sim, data())
+    sim["head"].output.enabled = False
+    after = analyzer.update(before, sim, data())
+    assert after.enabled.layer.tolist() == before.enabled.layer.tolist()
+    assert after.enabled.score.tolist() == analyzer.measure(sim, data()).enabled.score.tolist()
+    sim["head"].output.enabled = True
+    assert analyzer.update(after, sim, data()).enabled.score.tolist() == before.enabled.score.tolist()
+
+
+def test_when_weights_changed_all_is_measured_again():
+    sim, analyzer = calibrated(), qlab.QuantAnalyzer(**QUICK)
+    before = analyzer.measure(sim, data())
+    with torch.no_grad():
+        sim.model.left.weight.mul_(1.01)
+    assert len(before.changed_units(sim)) == len(before.units)
+    after = analyzer.update(before, sim, data())
+    assert after.enabled.score.tolist() == analyzer.measure(sim, data()).enabled.score.tolist()
+    assert set(after.disabled.note) == {""}
 
 
 class _Returning:

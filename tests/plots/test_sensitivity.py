@@ -53,6 +53,12 @@ def test_a_layer_that_failed_is_last_and_says_why():
     assert "2 of 3 layers measured" in plot.headline
 
 
+def test_a_bar_with_something_to_say_ends_hollow():
+    plot = plots.sensitivity(SCORES.assign(note=["", "of an earlier state", ""]), baseline=0.95)
+    assert row(plot, "b", "fill") != row(plot, "b", "color")
+    assert row(plot, "a", "fill") == row(plot, "a", "color")
+
+
 def test_a_growing_sweep_keeps_the_selected_layer():
     plot = plots.sensitivity(SCORES.head(1), baseline=0.95)
     plot.select(["a"])
