@@ -82,10 +82,10 @@ class Sensitivity(View):
         self._figure = sensitivity(pd.DataFrame({"layer": [], "score": []}))
         self.pane = BokehPane(self._figure.figure, fallback=self._figure.to_svg)
         self._figure.source.selected.on_change("indices", self.guarded(self._clicked))
-        self._mode.observe(self.guarded(lambda _: self._compare()), "value")
+        self._mode.observe(self.guarded(lambda _: self._compare_rows()), "value")
         self.listen(lab.events.job_published, self._published)
         self.listen(lab.events.job_ended, self._ended)
-        self.listen(lab.events.history_changed, self._compare)
+        self.listen(lab.events.history_changed, self._compare_rows)
         self.listen(lab.events.selected, self._selected)
         bar = ipywidgets.HBox(
             [self._bits, self._mode, self._start, self._renew, self._said],
@@ -158,11 +158,11 @@ class Sensitivity(View):
         self._rows = {row.key: row for row in (Row(**values) for values in rows.to_dict("records"))}
         name = " ".join(filter(None, (analysis.score_name, analysis.score_unit)))
         self._state = f"{how}: {name}, {analysis.samples} samples, {seconds:.1f} s."
-        self._compare()
+        self._compare_rows()
 
-    def _compare(self) -> None:
+    def _compare_rows(self) -> None:
         """Looks which rows still hold; where few do not, offers to measure them again, or does where it is quick."""
-        before, self._old = self._old, self._changed()
+        before, self._old = self._old, self._changed_layers()
         is_offered = self._holds_in_part and self._mode.value == "enabled"
         self._renew.description = f"Update {self._old[0]}" if len(self._old) == 1 else f"Update {len(self._old)} rows"
         self._renew.layout.display = "" if is_offered else "none"
@@ -171,7 +171,7 @@ class Sensitivity(View):
             self.update()
         self.redraw_soon()
 
-    def _changed(self) -> tuple[str, ...]:
+    def _changed_layers(self) -> tuple[str, ...]:
         """The layers whose rows are of an earlier state."""
         return () if self.analysis is None else tuple(unit.layer for unit in self.analysis.changed_units(self._lab.sim))
 
