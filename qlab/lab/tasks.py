@@ -17,7 +17,7 @@ from qlab.lab.state import LabState
 from qlab.progress import Progress
 from qlab.sim import Batches, QuantSim, Snapshot
 from qlab.sim.files import load_state
-from qlab.techniques import Technique
+from qlab.techniques import Report, Technique
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,11 @@ def _changing(
             state.board.version += 1
             value, done = work(job), action
             found = getattr(value, "sim", None)
-            if isinstance(action, Apply) and isinstance(found, QuantSim) and found is not state.sim:
+            if isinstance(done, Apply) and isinstance(value, Report) and value.as_done is not None:
+                done = replace(done, technique=value.as_done)
+            if isinstance(done, Apply) and isinstance(found, QuantSim) and found is not state.sim:
                 _adopt(state.sim, found)
-                done = replace(action, gives_sim=True)
+                done = replace(done, gives_sim=True)
             state.record(done, new_weights=weights, seconds=time.perf_counter() - began)
             return value
         except BaseException:

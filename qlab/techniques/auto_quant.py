@@ -1,5 +1,6 @@
 """AutoQuant: tries what helps, in the order that experience suggests, and keeps the best with every step in view."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -7,12 +8,14 @@ from typing import Any, ClassVar
 from torch import nn
 
 from qlab.errors import CaptureError, InputError
+from qlab.graph.findings import Findings
 from qlab.progress import Progress, Silent
 from qlab.quantization import RangeRule
 from qlab.settings import SettingError, setting
 from qlab.sim import Agreement, Preset, QuantSim
 from qlab.sim.batches import Batches
 from qlab.sim.evaluate import Evaluation, evaluation_of
+from qlab.sim.validate import validate
 from qlab.techniques.auto_quant_result import AutoQuantResult
 from qlab.techniques.auto_quant_run import AutoQuantRun
 from qlab.techniques.stage_store import StageStore, require_writable
@@ -36,7 +39,7 @@ class AutoQuant(Technique):
     `result = AutoQuant(allowed_drop=0.01).apply(sim_or_model, batches, score=score)`: `result.sim` is new,
     `result.stages` says what was tried, what it gained and why it was kept or not, `result.save(folder)` writes it all.
 
-    Stages: the sim as given; with its weights in float (where that misses the target, no technique for weights alone
+    Stages: validation, where a model is given; the sim as given; with its weights in float (where that misses the target, no technique for weights alone
     can help: it says so and goes on); BatchNorm folding; every pair of range `rules`, without and with cross-layer
     equalization; mixed precision where asked for; each rounding technique on the `finalists` best so far; a short QAT
     where asked for or where labelled batches are given. Ends when the target, float score - allowed_drop, is met.
@@ -44,8 +47,8 @@ class AutoQuant(Technique):
     once: states are returned to, statistics serve every rule.
 
     A stage whose technique or score fails is marked so and the rest goes on. Cancel and the time budget end the search
-    with the best so far. With resume_dir an interrupted run goes on where it was. `Steering` lets a person veto or
-    force a stage while it runs. When: first, where nothing else is known. Cost: about 15 evaluations of the score and
+    with the best so far. With resume_dir an interrupted run goes on where it was. `veto` and `force`
+    name stages; a `Steering` lets a person add to them while it runs. When: first, where nothing else is known. Cost: about 15 evaluations of the score and
     what the techniques take.
     """
 
@@ -66,6 +69,9 @@ class AutoQuant(Technique):
     on_cancel: str = setting("best", "when cancelled: return the best so far, or raise", choices=("best", "raise"))
     resume_dir: str | None = setting(None, "a folder of finished stages, from which a rerun goes on")
     save_dir: str | None = setting(None, "a folder for the model, its encodings and the report")
+    veto: Any = setting((), "stages, or techniques, to leave out", hidden=True)  # noqa: RUF009
+    force: Any = setting((), "stages, or techniques, to keep whatever their score", hidden=True)  # noqa: RUF009
+    max_stages: int | None = setting(None, "end with the best of the first so many stages", minimum=1, hidden=True)
     steering: Any = setting(None, "a Steering, to veto and force stages while it runs", hidden=True)  # noqa: RUF009
 
     def __post_init__(self) -> None:
@@ -75,6 +81,9 @@ class AutoQuant(Technique):
             given = (given,)
         cleaned = tuple(item.strip() if isinstance(item, str) else item for item in given if item != "")
         object.__setattr__(self, "techniques", cleaned)
+        for name in ("veto", "force"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         for weights, outputs in self.rules:
             RangeRule.of(weights), RangeRule.of(outputs)
 
@@ -108,12 +117,14 @@ class AutoQuant(Technique):
             require_writable(self.save_dir)
         store = StageStore(self.resume_dir)
         chosen = self._resolved(labelled is not None)
+        findings, started = None, time.perf_counter()
         if not isinstance(sim, QuantSim):
             example = first if example is None else example
+            findings = validate(sim, example, preset)
             try:
                 sim = QuantSim(sim, example, preset)
             except CaptureError as error:
-                return _not_captured(sim, example, error)
+                return _not_captured(sim, findings, error)
         elif preset is not None:
             raise InputError("preset= is for models; a QuantSim has its own. Give the model, or leave preset out.")
         for batch in data:  # what is wrong with the data is said before the work starts, and not by every stage
@@ -128,6 +139,8 @@ class AutoQuant(Technique):
             store=store,
             progress=progress or Silent(),
         )
+        if findings is not None:
+            run.validated(findings, time.perf_counter() - started)
         result = run.result()
         if self.save_dir is not None:
             try:
@@ -156,17 +169,13 @@ class AutoQuant(Technique):
         return found
 
 
-def _not_captured(model: nn.Module, example: Any, error: CaptureError) -> AutoQuantResult:
+def _not_captured(model: nn.Module, findings: Findings, error: CaptureError) -> AutoQuantResult:
     """The validator's findings in place of a sim."""
-    import qlab
-
-    validate = getattr(qlab, "validate", None)
-    findings = validate(model, example) if validate is not None else None
     record = StageRecord("validate", None, verdict="failed", reason=str(error))
     return AutoQuantResult(
         "AutoQuant",
         f"{type(model).__name__} cannot be captured: {error}",
-        notes=("qlab.validate(model, example) lists the places; qlab.prepare(model, example) mends some of them.",),
+        notes=("the findings say what is in the way and how to mend it; qlab.validate(model, example) shows them.",),
         records=(record,),
         findings=findings,
     )

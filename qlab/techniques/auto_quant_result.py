@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlab.errors import InputError
+from qlab.graph.findings import Findings
 from qlab.progress import Progress
 from qlab.sim import QuantSim
 from qlab.sim.files import load_state
@@ -27,7 +28,7 @@ class AutoQuantResult(Report):
 
     sim: the best found, new and independent of what was given; None only where the model could not be captured.
     best: the stage that it comes from. records: all stages in order. target: None where there was none to meet.
-    float_score: of the float model. findings: the validator's, where the model could not be captured.
+    float_score: of the float model. findings: the validator's, where a model was given and not a sim.
     """
 
     sim: QuantSim | None = None
@@ -38,7 +39,7 @@ class AutoQuantResult(Report):
     float_score: float = math.nan
     score_name: str = "score"
     cancelled: bool = False
-    findings: Any = None
+    findings: Findings | None = None
 
     @property
     def is_target_met(self) -> bool:
@@ -96,9 +97,9 @@ class AutoQuantResult(Report):
             shown = self.stages.drop(columns=["parent", "technique"])
             parts.append(shown.to_html(index=False, float_format=lambda v: f"{v:.4f}", na_rep="", border=0))
             parts.append(self.plot()._repr_mimebundle_()["text/html"])
-        if self.findings is not None:
-            told = getattr(self.findings, "_repr_html_", None)
-            parts.append(told() if told is not None else f"<pre>{escape(str(self.findings))}</pre>")
+        if self.findings:
+            is_open = " open" if self.sim is None else ""
+            parts.append(f"<details{is_open}><summary>Findings</summary>{self.findings._repr_html_()}</details>")
         if self.notes:
             parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in self.notes) + "</ul>")
         return "".join(parts)
@@ -115,6 +116,7 @@ class AutoQuantResult(Report):
         sections = [
             Section("Outcome", ("\n\n".join([self.summary, *self.notes]),)),
             Section("Stages", (self.plot(), self.stages)),
+            *([Section("Findings", (self.findings.to_pandas(),))] if self.findings else []),
             Section("Quantizers", (sim.to_pandas(),)),
             Section("Coverage", (sim.coverage(),)),
         ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qlab.analysis.shadow import shadow
 from qlab.errors import Cancelled, InputError
+from qlab.graph.findings import Findings
 from qlab.progress import Progress, publish
 from qlab.quantization import Quantizer, WeightQuantizer
 from qlab.sim import Measurement, QuantSim, Snapshot
@@ -32,7 +33,9 @@ from qlab.techniques.technique import Technique
 if TYPE_CHECKING:
     from qlab.techniques.auto_quant import AutoQuant
 
-FLOAT, GIVEN, WEIGHTS = "float", "as given", "weights in float"
+VALIDATE, FLOAT, GIVEN, WEIGHTS = "validate", "float", "as given", "weights in float"
+_FINDINGS_TOLD = 3
+_ENDED = ("out of time", "cancelled")
 _FOLDERS = ("cache_dir", "checkpoint_dir")
 _NOTHING_DONE = {BatchNormFolding: "folded", CrossLayerEqualization: "pairs"}  # the value that is 0 or missing then
 
@@ -76,6 +79,7 @@ class AutoQuantRun:
     ) -> None:
         self.data, self.labelled, self.settings = data, labelled, settings
         self.steering: Steering = settings.steering or Steering()
+        self.steering.add(settings.veto, settings.force)
         self.store, self.progress = store, progress
         self.sim = deepcopy(sim)
         self.sim.eval()
@@ -86,8 +90,19 @@ class AutoQuantRun:
         self.notes: list[str] = []
         self.target: float | None = None
         self.float_score = math.nan
+        self.findings: Findings | None = None
         self.total, self.reached = self._planned(), 0
+        self._ended_early = False
         self._started = time.perf_counter()
+
+    def validated(self, findings: Findings, seconds: float) -> None:
+        """Records what the validator said of the model, as the first stage."""
+        self.findings = findings
+        told = [f"{finding.code} {finding.layer or ''}: {finding.what}".replace(" :", ":") for finding in findings]
+        reason = "; ".join(told[:_FINDINGS_TOLD]) or "nothing to mend"
+        if len(told) > _FINDINGS_TOLD:
+            reason += f"; and {len(told) - _FINDINGS_TOLD} more, see result.findings"
+        self._record(StageRecord(VALIDATE, None, seconds=seconds, verdict="reference", reason=reason))
 
     def result(self) -> AutoQuantResult:
         """Runs all stages; the best of them."""
@@ -97,13 +112,14 @@ class AutoQuantRun:
         except _Finished:
             pass
         except _OutOfTime:
+            self._ended_early = True
             self.notes.append(f"the time budget of {self.settings.time_budget_s:g} s is spent.")
         except _BrokenProgress as broken:
             raise broken.error from None
         except (Cancelled, KeyboardInterrupt):
             if self.settings.on_cancel == "raise" or self.tree.best() is None:
                 raise
-            cancelled = True
+            cancelled = self._ended_early = True
             self.notes.append("cancelled; this is the best so far.")
         return self._outcome(cancelled)
 
@@ -249,6 +265,8 @@ class AutoQuantRun:
             )
 
         self._require_time(record.stage)
+        if self._finished() >= (self.settings.max_stages or math.inf) and self.tree.best() is not None:
+            raise _Finished
         publish(self.progress, replace(record, steering=self.steering))
         is_done = False
         try:
@@ -267,7 +285,7 @@ class AutoQuantRun:
         except _NothingToDo as nothing:
             end("discarded", str(nothing))
         except (Cancelled, KeyboardInterrupt) as stop:
-            end("discarded", "out of time" if isinstance(stop, _OutOfTime) else "cancelled")
+            end("discarded", _ENDED[not isinstance(stop, _OutOfTime)])
             raise
         except Exception as error:  # noqa: BLE001  the table shows it, and the other stages go on
             end("failed", _told(error))
@@ -347,6 +365,7 @@ class AutoQuantRun:
             notes=tuple(self.notes),
             values={"float": self.float_score, "target": self.target, "score": score, "is_target_met": met},
             seconds=time.perf_counter() - self._started,
+            as_done=self._as_done(),
             sim=self.sim,
             best=None if best is None else best.record,
             records=tuple(self.records),
@@ -355,7 +374,17 @@ class AutoQuantRun:
             float_score=self.float_score,
             score_name=self.scores.name,
             cancelled=cancelled,
+            findings=self.findings,
         )
+
+    def _as_done(self) -> "AutoQuant | None":
+        """The settings that find the same again, where a person steered or something ended the search early."""
+        vetoed, forced = sorted(self.steering.vetoed), sorted(self.steering.forced)
+        count = self._finished() if self._ended_early else self.settings.max_stages
+        told = replace(
+            self.settings, veto=vetoed, force=forced, max_stages=count, steering=None, time_budget_s=None
+        )
+        return None if told == replace(self.settings, time_budget_s=None) else told
 
     def _tell_of_closer(self, best: Stage | None) -> None:
         """Changes the notes: names a state that is much closer to the float model while its score is hardly worse."""
@@ -412,6 +441,10 @@ class AutoQuantRun:
         budget = self.settings.time_budget_s
         if budget is not None and self.tree.best() is not None and time.perf_counter() - self._started >= budget:
             raise _OutOfTime(name)
+
+    def _finished(self) -> int:
+        """How many stages count as run: a veto is as good as not having begun."""
+        return sum(record.verdict != "vetoed" and record.reason not in _ENDED for record in self.records)
 
     def _progress(self, *names: str) -> "_StageProgress":
         return _StageProgress(self, names)

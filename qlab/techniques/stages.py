@@ -24,6 +24,12 @@ class Steering:
         self._lock = threading.Lock()
         self._vetoed, self._forced = set(veto), set(force)
 
+    def add(self, veto: Iterable[str], force: Iterable[str]) -> None:
+        """Leave out and keep all of these."""
+        with self._lock:
+            self._vetoed.update(veto)
+            self._forced.update(force)
+
     def veto(self, stage: str) -> None:
         """Leave the stage out; takes back an earlier `force`."""
         with self._lock:
@@ -45,6 +51,12 @@ class Steering:
         """Whether one of a stage's names was forced."""
         with self._lock:
             return not self._forced.isdisjoint(names)
+
+    @property
+    def vetoed(self) -> frozenset[str]:
+        """The names to leave out."""
+        with self._lock:
+            return frozenset(self._vetoed)
 
     @property
     def forced(self) -> frozenset[str]:

@@ -32,6 +32,7 @@ class Report:
 
     technique: its name. summary: one sentence. rows: one dict a layer, with 'layer', what changed and what it gained.
     notes: what was left out and why, what a later step must know. values: numbers for code. seconds: wall time.
+    as_done: the technique with the settings that do the same again, where a person steered or ended it; None elsewhere.
     """
 
     technique: str
@@ -40,6 +41,7 @@ class Report:
     notes: tuple[str, ...] = ()
     values: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    as_done: "Technique | None" = None
 
     @property
     def layers(self) -> "pd.DataFrame":
@@ -105,7 +107,8 @@ class Technique:
             with transaction(sim):
                 report = self.run(sim, data, score, progress or Silent())
                 after = Marks.of(sim)
-                sim.log[steps:] = [LogEntry(self, batches, score, before, after)]  # in place of what it did within
+                done = report.as_done or self
+                sim.log[steps:] = [LogEntry(done, batches, score, before, after)]  # in place of what it did within
         except NeedsCapture as error:
             raise NeedsCapture(f"{type(self).__name__} is off for this sim: {error}") from None
         return dataclasses.replace(report, seconds=time.perf_counter() - started)

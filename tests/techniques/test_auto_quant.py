@@ -174,6 +174,11 @@ def test_a_model_is_captured_and_calibrated_first_and_never_changed():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = auto().apply(model, data(), preset=qlab.presets.w4a8())
     assert result.score_name == "agreement"
+    assert result.stages.stage[0] == "validate"
+    assert result.stages.verdict[0] == "reference"
+    assert [finding.code for finding in qlab.validate(model, data()[0], qlab.presets.w4a4())] == [
+        finding.code for finding in result.findings
+    ]
     assert "not calibrated" in result.stages.set_index("stage").reason["as given"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(InputError, match="preset"):
@@ -253,6 +258,9 @@ def test_a_model_that_cannot_be_captured_gives_findings_and_no_traceback():
     assert verdicts(result) == {"validate": "failed"}
     assert "cannot be captured" in result.summary
     assert "cannot be captured" in result._repr_html_()
+    assert not result.findings.ok
+    assert __file__.rpartition("/")[2] in result.findings[0].location  # the line of the branch, not of qlab
+    assert result.findings[0].code in result._repr_html_()
     with pytest.raises(InputError, match="found no sim"):
         result.save("nowhere")
 
@@ -321,6 +329,38 @@ def test_cancel_returns_the_best_so_far_or_raises_as_asked(sim, kind):
     assert float(result.sim.evaluate(qlab.SQNR(data()))) == pytest.approx(result.best.score)
     with pytest.raises(type(kind)):
         auto(on_cancel="raise").apply(sim, data(), score=qlab.SQNR(data()), progress=Listening(at))
+
+
+def test_what_a_person_steered_and_ended_can_be_done_again_from_its_settings(sim):
+    steering = qlab.Steering()
+
+    def at(text: str) -> None:
+        if text.startswith("CLE, sqnr"):
+            steering.veto("CLE, mse / min_max")
+            steering.force("mse / mse")
+        if text.startswith("BiasCorrection"):
+            raise Cancelled("stop")
+
+    first = auto(steering=steering).apply(sim, data(), score=qlab.SQNR(data()), progress=Listening(at))
+    assert first.as_done.steering is None
+    assert (first.as_done.veto, first.as_done.force) == (("CLE, mse / min_max",), ("mse / mse",))
+    again = first.as_done.apply(sim, data(), score=qlab.SQNR(data()))
+    assert again.best.stage == first.best.stage
+    assert torch.equal(again.sim.output(data()[0]), first.sim.output(data()[0]))
+    assert not again.cancelled
+    assert auto().apply(sim, data(), score=qlab.SQNR(data())).as_done is None
+
+
+def test_a_steered_search_in_a_lab_is_a_step_that_the_script_can_write():
+    plain = qlab.QuantSim(network(), data()[0], qlab.presets.w4a8())
+    lab = qlab.Lab(plain, data(), score=qlab.SQNR(data()))
+    steering = qlab.Steering(veto=["CrossLayerEqualization"])
+    lab.run(auto(steering=steering, techniques=("CrossLayerEqualization",)))
+    assert "veto=('CrossLayerEqualization',)" in lab.script()
+    assert "NotImplementedError" not in lab.script()
+    names = {"qlab": qlab, "model": network(), "example": data()[0], "batches": data(), "score": qlab.SQNR(data())}
+    exec(lab.script(), names)  # the lab's own text
+    assert torch.equal(names["sim"].output(data()[0]), lab.sim.output(data()[0]))
 
 
 def test_a_spent_time_budget_ends_with_what_there_is(sim):
