@@ -98,36 +98,53 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, qmin, qmax):  # type: ignore[no-untyped-def]
         wide = x if x.dtype == torch.float64 else x.float()
-        whole = zero_point.round()
-        if scale.dim() == 0 and x.device.type == "cpu" and wide.dtype == torch.float32:
-            copied = wide.clone(memory_format=torch.preserve_format)
-            result = fake_quantize_(copied, Encoding(scale.detach(), whole.detach(), qmin, qmax))
+        ctx.limits, ctx.bounds = (qmin, qmax), None
+        if scale.dim() == 0:  # one grid: numbers cost less than tensors of one element
+            step, zero = scale.item(), float(round(zero_point.item()))
+            ctx.bounds = (qmin - zero - 0.5) * step, (qmax - zero + 0.5) * step
+            if x.device.type == "cpu" and wide.dtype == torch.float32:
+                result = _rounded(wide, step, qmin - zero, qmax - zero)
+            else:
+                result = (wide / scale).round_().clamp_(qmin - zero, qmax - zero).mul_(scale)
+            whole = zero_point
         else:
-            levels = (wide / scale).round_()
-            result = torch.clamp(levels, qmin - whole, qmax - whole).mul_(scale)
+            whole = zero_point.round()
+            result = torch.clamp((wide / scale).round_(), qmin - whole, qmax - whole).mul_(scale)
         result = result.to(x.dtype)
         ctx.save_for_backward(x, scale, whole, result)
-        ctx.limits = qmin, qmax
         return result
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, scale, zero_point, result = ctx.saved_tensors
-        qmin, qmax = ctx.limits
-        low, high = (qmin - zero_point - 0.5) * scale, (qmax - zero_point + 0.5) * scale
-        if scale.dim() == 0:
-            inside = torch.ops.aten.hardtanh_backward(grad.contiguous(), x.contiguous(), float(low), float(high))
+        if ctx.bounds is not None:
+            inside = torch.ops.aten.hardtanh_backward(grad.contiguous(), x.contiguous(), *ctx.bounds)
         else:
+            qmin, qmax = ctx.limits
+            low, high = (qmin - zero_point - 0.5) * scale, (qmax - zero_point + 0.5) * scale
             inside = grad * ((x > low) & (x < high))
         _, learns_scale, learns_zero_point = ctx.needs_input_grad[:3]
         grad_scale = grad_zero_point = None
-        if learns_scale:
-            # Where nothing is clipped the last two sums are the same number, so no digits are lost.
-            error = _sum(inside, result - x, scale) + _sum(grad, result, scale) - _sum(inside, result, scale)
-            grad_scale = error / scale
-        if learns_zero_point:
-            grad_zero_point = (_sum(inside, None, scale) - _sum(grad, None, scale)) * scale
+        if learns_scale or learns_zero_point:
+            outside = grad - inside
+            if learns_scale:
+                # Two sums of their own: in one of (result * grad - x * inside) the digits of the first would be lost.
+                grad_scale = (_sum(inside, result - x, scale) + _sum(outside, result, scale)) / scale
+            if learns_zero_point:
+                grad_zero_point = _sum(outside, None, scale) * -scale
         return inside, grad_scale, grad_zero_point, None, None
+
+
+def _rounded(x: Tensor, scale: float, low: float, high: float) -> Tensor:
+    """A new tensor, `x` rounded to one grid; as `fake_quantize_`, without the copy that comes before."""
+    if x.numel() > _BLOCK and (flat := _flat(x)) is not None:
+        result = torch.empty_like(x)
+        into = _flat(result)
+        if into is not None:
+            for block, out in zip(flat.split(_BLOCK), into.split(_BLOCK), strict=True):
+                torch.div(block, scale, out=out).round_().clamp_(low, high).mul_(scale)
+            return result
+    return x.div(scale).round_().clamp_(low, high).mul_(scale)
 
 
 def _sum(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:

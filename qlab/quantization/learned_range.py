@@ -22,7 +22,7 @@ class LearnedRange(nn.Module):
 
     def __init__(self, encoding: Encoding) -> None:
         super().__init__()
-        self.symmetric = encoding.qmin < 0 or not bool(encoding.zero_point.any())
+        self.symmetric = _needs_no_low(encoding)
         self._template = encoding.copy()
         self.lsq_elements = 0
         self.high = nn.Parameter(torch.empty_like(encoding.scale))
@@ -30,8 +30,21 @@ class LearnedRange(nn.Module):
         self._cached: tuple[object, Encoding] | None = None
         self.set_encoding(encoding)
 
+    @property
+    def is_one_range(self) -> bool:
+        """Whether there is one pair of ends for the tensor or for each channel, and not for each block."""
+        return self._template.block_size is None
+
+    def takes(self, encoding: Encoding) -> bool:
+        """Changes the ends to those of another grid and keeps the parameters; False, and no change, for other ends."""
+        if _needs_no_low(encoding) != self.symmetric or encoding.scale.shape != self.high.shape:
+            return False
+        self.set_encoding(encoding)
+        return True
+
     def set_encoding(self, encoding: Encoding) -> None:
-        """Changes the ends, in place, to those of `encoding`."""
+        """Changes the ends, in place, to those of `encoding`, of the same shape."""
+        self._template, self._cached = encoding.copy(), None
         with torch.no_grad():
             if self.symmetric:
                 self.high.copy_(encoding.scale * encoding.qmax)
@@ -58,23 +71,9 @@ class LearnedRange(nn.Module):
 
     def _encoding(self) -> Encoding:
         given = self._template
-        floor = min(1.2e-7, 0.01 / (given.qmax - given.qmin))
-        high = self._scaled(self.high).clamp_min(0.0)
-        if self.low is None:
-            scale = (high / given.qmax).clamp_min(floor)
-            zero_point = torch.zeros_like(scale)
-        else:
-            low = self._scaled(self.low).clamp_max(0.0)
-            scale = ((high - low) / (given.qmax - given.qmin)).clamp_min(floor)
-            exact = given.qmin - low / scale
-            zero_point = exact + (exact.round().clamp(given.qmin, given.qmax) - exact).detach()
+        factor = 1.0 / math.sqrt(self.lsq_elements * given.qmax) if self.lsq_elements else 1.0
+        scale, zero_point = _Grid.apply(self.low, self.high, given.qmin, given.qmax, factor)
         return Encoding(scale, zero_point, given.qmin, given.qmax, given.axis, given.block_size, given.block_axis)
-
-    def _scaled(self, end: Tensor) -> Tensor:
-        if not self.lsq_elements:
-            return end
-        factor = 1.0 / math.sqrt(self.lsq_elements * self._template.qmax)
-        return end * factor + (end - end * factor).detach()
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
@@ -84,3 +83,48 @@ class LearnedRange(nn.Module):
                 end.data = end.data.float()
         self._cached = None
         return self
+
+
+def _needs_no_low(encoding: Encoding) -> bool:
+    """Whether the grid ends at zero, or mirrors its other end."""
+    return encoding.qmin < 0 or not bool(encoding.zero_point.any())
+
+
+class _Grid(torch.autograd.Function):
+    """(low, high) to (scale, zero point): one node of the graph, where ten small ones would cost more than the layer.
+
+    Gradients are those of s = (high - low) / N and z = qmin - low / s (symmetric: s = high / qmax), times `factor`; an
+    end beyond zero, and a range at the smallest scale, has none.
+    """
+
+    @staticmethod
+    def forward(ctx, low, high, qmin, qmax, factor):  # type: ignore[no-untyped-def]
+        floor = min(1.2e-7, 0.01 / (qmax - qmin))
+        top = high.clamp_min(0.0)
+        if low is None:
+            ctx.steps = qmax
+            scale = (top / qmax).clamp_min_(floor)
+            zero_point = torch.zeros_like(scale)
+            ctx.mark_non_differentiable(zero_point)
+            ctx.save_for_backward(high, scale)
+        else:
+            ctx.steps = qmax - qmin
+            bottom = low.clamp_max(0.0)
+            scale = ((top - bottom) / ctx.steps).clamp_min_(floor)
+            zero_point = (qmin - bottom / scale).round_().clamp_(qmin, qmax)
+            ctx.save_for_backward(high, scale, low)
+        ctx.floor, ctx.factor = floor, factor
+        return scale, zero_point
+
+    @staticmethod
+    def backward(ctx, of_scale, of_zero_point):  # type: ignore[no-untyped-def]
+        high, scale, *lows = ctx.saved_tensors
+        if not lows:
+            slope = of_scale * (ctx.factor / ctx.steps)
+            return None, slope * ((high >= 0) & (scale > ctx.floor)), None, None, None
+        low = lows[0]
+        share = of_zero_point / scale
+        # dz/ds = low / s^2
+        slope = (of_scale + share * low.clamp_max(0.0) / scale) * ((scale > ctx.floor) / ctx.steps)
+        of_low = (-slope - share) * (low <= 0) * ctx.factor
+        return of_low, slope * (high >= 0) * ctx.factor, None, None, None

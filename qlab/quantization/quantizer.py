@@ -99,12 +99,17 @@ class Quantizer(nn.Module):
         before, self._spec = self._spec, spec
         try:
             self._frozen = False
-            self.refresh()
+            if learned is not None and replace(before, bits=spec.bits) == spec and learned.is_one_range:
+                found = learned.encoding().copy()  # in training, other bits divide the range that was learned
+                low, high = found.minimum.reshape(-1), found.maximum.reshape(-1)
+                self.encoding = encoding_of_range(low, high, spec, found.axis)
+            else:
+                self.refresh()
         except Exception:
             self._spec, self.learned = before, learned
             raise
         if learned is not None:
-            self.learn_range()
+            self.learn_range(learned)
 
     def set(self, **fields: Any) -> None:
         """Changes several settings at once: bits, scheme, granularity, rule, known_range, enabled, frozen."""
@@ -196,15 +201,19 @@ class Quantizer(nn.Module):
 
     @encoding.setter
     def encoding(self, encoding: Encoding | None) -> None:
-        device = self.scale.device if self.scale is not None else torch.device("cpu")
+        buffers, own = self._buffers, self.__dict__  # a weight's grid changes at each training step: spare nn.Module's
+        own["_encoding"] = None
         if encoding is None:
-            self.scale = self.zero_point = self.limits = None
+            buffers["scale"] = buffers["zero_point"] = buffers["limits"] = None
         else:
-            self.scale, self.zero_point = encoding.scale.detach().to(device), encoding.zero_point.detach().to(device)
-            self.limits = torch.tensor([encoding.qmin, encoding.qmax])
-            self._shape = (encoding.block_size, encoding.block_axis)
-        self._encoding = None
-        self.version += 1
+            scale, limits = buffers["scale"], buffers["limits"]
+            device = scale.device if scale is not None else torch.device("cpu")
+            buffers["scale"] = encoding.scale.detach().to(device)
+            buffers["zero_point"] = encoding.zero_point.detach().to(device)
+            if limits is None or limits.tolist() != [encoding.qmin, encoding.qmax]:
+                buffers["limits"] = torch.tensor([encoding.qmin, encoding.qmax])
+            own["_shape"] = (encoding.block_size, encoding.block_axis)
+        own["version"] += 1
         if self.learned is not None and encoding is not None:
             self.learned.set_encoding(encoding)
 
@@ -258,10 +267,13 @@ class Quantizer(nn.Module):
             return
         self.encoding = find_encoding(sample, self._spec, self._statistics.axis if per_channel else None)
 
-    def learn_range(self) -> None:
-        """Makes the range a parameter that starts from the encoding in force; raises NotCalibrated without one."""
+    def learn_range(self, earlier: LearnedRange | None = None) -> None:
+        """Makes the range a parameter that starts from the encoding in force; raises NotCalibrated without one.
+
+        earlier: the range whose parameters to keep, for an optimizer that holds them, where they fit.
+        """
         encoding = self.required_encoding()
-        self.learned = LearnedRange(encoding)
+        self.learned = earlier if earlier is not None and earlier.takes(encoding) else LearnedRange(encoding)
         self.version += 1
 
     def keep_learned_range(self) -> None:

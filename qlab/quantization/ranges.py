@@ -36,6 +36,8 @@ def encoding_of_range(low: Tensor, high: Tensor, spec: QuantSpec, axis: int | No
     N = 2^bits - 1. Scales are at least min(1.2e-7, 0.01 / N), so that constant tensors have a grid.
     Shapes: low, high [C] -> scale, zero_point [C]; scalars [] where axis is None and C = 1.
     """
+    if axis is None and low.numel() == 1:
+        return _one_grid(low.item(), high.item(), spec, low.device)
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
     nonnegative = bool((low >= 0).all())
     qmin, qmax = spec.limits(nonnegative)
@@ -47,9 +49,21 @@ def encoding_of_range(low: Tensor, high: Tensor, spec: QuantSpec, axis: int | No
     else:
         scale = torch.maximum(high / qmax, low / qmin if qmin else torch.zeros_like(low)).clamp_min(floor).float()
         zero_point = torch.zeros_like(scale)
-    if axis is None and scale.numel() == 1:
-        scale, zero_point = scale.reshape(()), zero_point.reshape(())
     return Encoding(scale, zero_point, qmin, qmax, axis)
+
+
+def _one_grid(low: float, high: float, spec: QuantSpec, device: torch.device) -> Encoding:
+    """`encoding_of_range` of two numbers: training asks for it at each step, and numbers cost less than tensors."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    qmin, qmax = spec.limits(low >= 0)
+    floor = min(1.2e-7, 0.01 / (qmax - qmin))
+    zero_point = 0.0
+    if spec.scheme is Scheme.ASYMMETRIC:
+        scale = torch.tensor(max((high - low) / (qmax - qmin), floor), dtype=torch.float32)
+        zero_point = float(min(max(round(abs(low) / scale.item()), qmin), qmax))
+    else:
+        scale = torch.tensor(max(high / qmax, low / qmin if qmin else 0.0, floor), dtype=torch.float32)
+    return Encoding(scale.to(device), torch.tensor(zero_point, device=device), qmin, qmax)
 
 
 def min_max(sample: Sample, spec: QuantSpec) -> Range:

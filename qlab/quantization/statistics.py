@@ -39,8 +39,8 @@ class Sample:
     def of_range(cls, rows: Tensor) -> "Sample":
         """The range of each row of a tensor [C, n], without any value."""
         rows = rows.detach().float()
-        low, high = (rows.amin(1), rows.amax(1)) if rows.shape[1] else (rows.new_zeros(len(rows)),) * 2
-        if not (bool(torch.isfinite(low).all()) and bool(torch.isfinite(high).all())):
+        low, high = torch.aminmax(rows, dim=1) if rows.shape[1] else (rows.new_zeros(len(rows)),) * 2
+        if not bool((low > -math.inf).logical_and_(high < math.inf).all()):  # false for NaN as well
             raise NonFiniteData("holds NaN or infinity")
         nothing = rows.new_zeros(len(rows), 0)
         return cls(low, high, nothing, nothing, torch.zeros_like(low))

@@ -63,7 +63,7 @@ class WeightQuantizer(Quantizer):
     @encoding.setter
     def encoding(self, encoding: Encoding | None) -> None:
         Quantizer.encoding.fset(self, encoding)  # type: ignore[attr-defined]
-        self._fitted = self._fingerprint()  # it stays until the weight changes
+        self.__dict__["_fitted"] = self._fingerprint()  # it stays until the weight changes
 
     @property
     def rounding(self) -> Tensor | None:
@@ -148,13 +148,13 @@ class WeightQuantizer(Quantizer):
         """Finds the encoding again from the weight; a frozen one stays."""
         if self._frozen or not hasattr(self, "owner"):
             return
-        self._fitted = self._fingerprint()
+        self.__dict__["_fitted"] = self._fingerprint()
         weight, spec = self.weight.detach(), self._spec
-        rows = weight.movedim(self.axis, 0).reshape(weight.shape[self.axis], -1)
         try:
             if spec.granularity.kind == "per_tensor":
-                found = find_encoding(_sample(rows.reshape(1, -1), spec), spec)
+                found = find_encoding(_sample(weight.reshape(1, -1), spec), spec)
             elif spec.granularity.kind == "per_channel" or weight.dim() < 2:
+                rows = weight.movedim(self.axis, 0).reshape(weight.shape[self.axis], -1)
                 found = find_encoding(_sample(rows, spec), spec, self.axis)
             else:
                 found = self._per_block(weight, spec)

@@ -114,3 +114,20 @@ def test_channels_together_equal_each_channel_alone(rule):
 def test_a_known_range_wins_over_the_rule():
     encoding = find_encoding(sample_of(torch.randn(100) * 9), QuantSpec(8, rule="mse", known_range=(0, 1)))
     assert float(encoding.scale) == pytest.approx(1 / 255)
+
+
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "strict_symmetric", "unsigned_symmetric"])
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_one_grid_is_that_of_a_single_channel_bit_for_bit(scheme, bits):
+    """A tensor's one grid is computed with numbers, grids of channels with tensors."""
+    spec = QuantSpec(bits, scheme)
+    generator = torch.Generator().manual_seed(bits)
+    ends = torch.randn(300, 2, generator=generator) * 10 ** torch.empty(300, 1).uniform_(-9, 5, generator=generator)
+    ends[:3] = torch.tensor([[0.0, 0.0], [0.0, 3.0], [-2.0, 0.0]])
+    for low, high in ends.sort(1).values:
+        one = encoding_of_range(low[None], high[None], spec)
+        each = encoding_of_range(low[None], high[None], spec, axis=0)
+        assert (one.qmin, one.qmax) == (each.qmin, each.qmax)
+        assert one.scale.dim() == one.zero_point.dim() == 0
+        assert torch.equal(one.scale, each.scale[0])
+        assert torch.equal(one.zero_point, each.zero_point[0])
