@@ -6,9 +6,10 @@
     python benchmarks/qat.py reach --json benchmarks/results/qat.json
 
 Steps: forward, backward and Adam's step in train mode, the modes beside the float model in every repeat: the network as
-it is, with its BatchNorms, and folded (there the float model is the sim with its quantizers off). Reach: per tensor, weights and activations at the same bits, means over seeds of the order of batches. The best
-without training is the best (by accuracy, then SQNR) of several range rules and AdaRound on top; rules and rounding are
-picked on the test images, which favours them. The interval of a difference is paired: the same images, asked twice.
+it is, with its BatchNorms, and folded (there the float model is the sim with its quantizers off). Reach: per tensor,
+weights and activations at the same bits, means over seeds of the order of batches. The best without training is the
+best (by accuracy, then SQNR) of several range rules and AdaRound on top; rules and rounding are picked on the test
+images, which favours them. The interval of a difference is paired: the same images, asked twice.
 """
 
 import argparse
@@ -177,6 +178,7 @@ def told(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Prints what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["steps", "reach"], help="steps, reach")
     parser.add_argument("--repeats", type=int, default=9)

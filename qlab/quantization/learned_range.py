@@ -8,7 +8,7 @@ the smallest scale, so that the grid is valid after every step.
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlab.quantization.encoding import Encoding
 

@@ -13,6 +13,7 @@ from qlab.techniques.qat import QAT
 from qlab.techniques.sequential_mse import SequentialMSE
 from qlab.techniques.stages import StageRecord, Steering
 from qlab.techniques.technique import TECHNIQUES, Report, Technique
+from qlab.techniques.training_control import TrainingControl, TrainingStep
 
 __all__ = [
     "GPTQ",
@@ -31,4 +32,6 @@ __all__ = [
     "StageRecord",
     "Steering",
     "Technique",
+    "TrainingControl",
+    "TrainingStep",
 ]

@@ -39,17 +39,17 @@ class AutoQuant(Technique):
     `result = AutoQuant(allowed_drop=0.01).apply(sim_or_model, batches, score=score)`: `result.sim` is new,
     `result.stages` says what was tried, what it gained and why it was kept or not, `result.save(folder)` writes it all.
 
-    Stages: validation, where a model is given; the sim as given; with its weights in float (where that misses the target, no technique for weights alone
-    can help: it says so and goes on); BatchNorm folding; every pair of range `rules`, without and with cross-layer
-    equalization; mixed precision where asked for; each rounding technique on the `finalists` best so far; a short QAT
-    where asked for or where labelled batches are given. Ends when the target, float score - allowed_drop, is met.
-    States are ranked by score, equal ones (`within_error`: nearly equal ones, too) by SQNR. What is common is computed
-    once: states are returned to, statistics serve every rule.
+    Stages: validation, where a model is given; the sim as given; with its weights in float (where that misses the
+    target, no technique for weights alone can help: it says so and goes on); BatchNorm folding; every pair of range
+    `rules`, without and with cross-layer equalization; mixed precision where asked for; each rounding technique on the
+    `finalists` best so far; a short QAT where asked for or where labelled batches are given. Ends when the target,
+    float score - allowed_drop, is met. States are ranked by score, equal ones (`within_error`: nearly equal ones, too)
+    by SQNR. What is common is computed once: states are returned to, statistics serve every rule.
 
     A stage whose technique or score fails is marked so and the rest goes on. Cancel and the time budget end the search
-    with the best so far. With resume_dir an interrupted run goes on where it was. `veto` and `force`
-    name stages; a `Steering` lets a person add to them while it runs. When: first, where nothing else is known. Cost: about 15 evaluations of the score and
-    what the techniques take.
+    with the best so far. With resume_dir an interrupted run goes on where it was. `veto` and `force` name stages, or
+    techniques; a `Steering` lets a person add to them while it runs. When: first, where nothing else is known. Cost:
+    about 15 evaluations of the score and what the techniques take.
     """
 
     needs_score: ClassVar[bool] = True

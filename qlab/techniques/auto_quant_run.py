@@ -381,9 +381,7 @@ class AutoQuantRun:
         """The settings that find the same again, where a person steered or something ended the search early."""
         vetoed, forced = sorted(self.steering.vetoed), sorted(self.steering.forced)
         count = self._finished() if self._ended_early else self.settings.max_stages
-        told = replace(
-            self.settings, veto=vetoed, force=forced, max_stages=count, steering=None, time_budget_s=None
-        )
+        told = replace(self.settings, veto=vetoed, force=forced, max_stages=count, steering=None, time_budget_s=None)
         return None if told == replace(self.settings, time_budget_s=None) else told
 
     def _tell_of_closer(self, best: Stage | None) -> None:

@@ -10,7 +10,7 @@ from qlab.errors import Cancelled
 from qlab.lab import Lab
 from qlab.lab.jobs import Job, JobState
 from qlab.plots import range_history, training
-from qlab.techniques.qat import TrainingStep
+from qlab.techniques.training_control import TrainingStep
 from qlab.views.bokeh_pane import BokehPane
 from qlab.views.tabs import tab
 from qlab.views.view import View, escape

@@ -1,17 +1,22 @@
 """QAT as a technique: it gains where bits are few, keeps the best, resumes, stops on nonsense, restores on cancel."""
 
+import copy
+import itertools
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 import qlab
-from qlab.errors import Cancelled, InputError, NotCalibrated
+from qlab.errors import Cancelled, InputError, NotCalibrated, SpecError, UnknownLayer
 from qlab.progress import Cancellable
-from qlab.techniques.qat import QAT, DivergedLoss, TrainingStep
+from qlab.settings import SettingError
+from qlab.techniques.qat import QAT
+from qlab.techniques.training_control import DivergedLoss, TrainingControl, TrainingStep
 
 
 def make(preset=None) -> tuple[qlab.QuantSim, list]:
@@ -156,7 +161,7 @@ def test_without_labels_distillation_trains():
     assert sim.evaluate(score) > before + 1
 
 
-def test_a_layer_can_be_given_other_bits_between_epochs():
+def test_a_layer_can_be_given_other_bits_by_a_function_between_epochs():
     sim, labelled = make()
 
     def change(sim: qlab.QuantSim, epoch: int) -> None:
@@ -165,6 +170,146 @@ def test_a_layer_can_be_given_other_bits_between_epochs():
 
     QAT(epochs=2, between_epochs=change).apply(sim, labelled)
     assert sim["2"].weight.bits == 4
+
+
+@pytest.mark.parametrize("mode", ["regular", "range_learning"])
+def test_bits_changed_before_an_epoch_divide_the_range_anew_and_its_ends_train_on(mode):
+    sim, labelled = make()
+    ends: list[float] = []
+
+    def look(sim: qlab.QuantSim, epoch: int) -> None:
+        ends.append(float(sim["1"].output.encoding.maximum))
+
+    edits = [(2, "2", "weight.bits", 4), (2, "1", "output.bits", 6)]
+    report = QAT(mode=mode, epochs=4, learning_rate=1e-2, edits=edits, between_epochs=look).apply(sim, labelled)
+    assert (sim["2"].weight.bits, sim["1"].output.bits) == (4, 6)
+    weight, output = sim["2"].weight.encoding, sim["1"].output.encoding
+    assert (weight.qmax - weight.qmin, output.qmax - output.qmin) == (15, 63)
+    assert len(sim["2"].weight.quantized().unique()) > 4  # more than 2 bits can tell
+    assert report.notes[-2:] == ("before epoch 2: 2: weight bits 4", "before epoch 2: 1: output bits 6")
+    if mode == "range_learning":
+        assert ends[1] != ends[0]
+        assert ends[2] == pytest.approx(ends[1], rel=0.5)  # the range that was learned, not a new one
+        assert len({*ends, float(output.maximum)}) == 5  # it moves in every epoch
+
+
+def test_a_frozen_layer_stays_and_trains_again_afterwards():
+    sim, labelled = make()
+    seen: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+
+    def look(sim: qlab.QuantSim, epoch: int) -> None:
+        first, last = sim.model[0], sim.model[2]
+        seen.append(
+            (first.weight.detach().clone(), last.weight.detach().clone(), float(sim["0"].weight.encoding.scale))
+        )
+
+    edits = [(2, "0", "frozen", True), (4, "0", "frozen", False)]
+    QAT(epochs=5, learning_rate=1e-2, edits=edits, between_epochs=look).apply(sim, labelled)
+    moved = [not torch.equal(a[0], b[0]) for a, b in itertools.pairwise(seen)]
+    assert moved == [True, False, False, True]
+    assert all(not torch.equal(a[1], b[1]) for a, b in itertools.pairwise(seen))
+    assert seen[1][2] == seen[2][2] == seen[3][2] != seen[4][2]
+    assert all(parameter.requires_grad for parameter in sim.model.parameters())
+
+
+class Steered(Recorder):
+    """Somebody who changes layers in the second epoch, and may stop in the fourth."""
+
+    def publish(self, record: object) -> None:
+        super().publish(record)
+        assert isinstance(record, TrainingStep)
+        if record.epoch == 1 and record.score is None:
+            threading.Thread(target=record.control.set_bits, args=("2", "weight", 5)).start()
+            record.control.freeze("0")
+
+
+def test_what_a_person_changed_is_kept_as_settings_that_train_the_same_again():
+    sim, labelled = make()
+    score = qlab.SQNR(labelled)
+    report = QAT(epochs=4, learning_rate=1e-2).apply(sim, labelled, score=score, progress=Steered())
+    assert set(report.as_done.edits) == {(3, "2", "weight.bits", 5), (3, "0", "frozen", True)}
+    again, _ = make()
+    report.as_done.apply(again, labelled, score=score)
+    assert again["2"].weight.bits == 5
+    assert torch.equal(again.output(labelled[0]), sim.output(labelled[0]))
+    assert QAT(epochs=1).apply(make()[0], labelled).as_done is None
+
+
+def test_a_training_ended_by_hand_is_kept_as_settings_that_end_it_there():
+    sim, labelled = make()
+    score, recorder = qlab.SQNR(labelled), Recorder(stop_after=2 * len(labelled) + 2)
+    report = QAT(epochs=5, on_cancel="best").apply(sim, labelled, score=score, progress=recorder)
+    assert report.as_done.stop_after == 2
+    again, _ = make()
+    report.as_done.apply(again, labelled, score=score)
+    assert torch.equal(again.output(labelled[0]), sim.output(labelled[0]))
+
+
+def test_a_steered_training_in_a_lab_is_a_step_that_the_script_can_write():
+    model = make()[0].model
+    labelled = [(x.clone(), y) for x, y in make()[1]]
+    lab = qlab.Lab(qlab.QuantSim(model, labelled[0][0], qlab.presets.w4a4()), labelled)
+    control = TrainingControl()
+    control.set_bits("2", "weight", 3)
+    lab.run(QAT(epochs=2, control=control))
+    assert "edits=((1, '2', 'weight.bits', 3),)" in lab.script()
+    names = {"qlab": qlab, "model": make()[0].model, "example": labelled[0][0], "batches": labelled}
+    exec(lab.script(), names)  # the lab's own text
+    assert torch.equal(names["sim"].output(labelled[0]), lab.sim.output(labelled[0]))
+
+
+def test_an_interrupted_run_resumes_with_the_changes_made_by_hand(tmp_path):
+    sim, labelled = make()
+    score, training = qlab.SQNR(labelled), QAT(epochs=5, learning_rate=1e-2, checkpoint_dir=str(tmp_path))
+    whole = training.apply(copy.deepcopy(sim), labelled, score=score, progress=Steered())
+    (tmp_path / "qat.safetensors").unlink()
+    with pytest.raises(Cancelled):
+        training.apply(sim, labelled, score=score, progress=Steered(stop_after=3 * len(labelled) + 2))
+    resumed = training.apply(sim, labelled, score=score)
+    assert [row["epoch"] for row in resumed.values["epochs"]] == [1, 2, 3, 4, 5]
+    assert sim["2"].weight.bits == 5
+    assert resumed.values["after"] == pytest.approx(whole.values["after"], abs=1e-4)
+
+
+def test_the_share_that_a_followed_range_clips_is_that_of_the_batch():
+    sim, labelled = make(qlab.presets.w8a8())
+    sim["1"].output.set_range(0.0, 0.8)
+    for layer, part in (("1", "output"), ("0", "weight")):
+        recorder, twin = Recorder(), copy.deepcopy(sim)
+        twin["1"].output.enabled = part == "output"
+        QAT(epochs=1, learning_rate=0.0, range_learning_rate=0.0, follow=layer).apply(twin, labelled, progress=recorder)
+        step = recorder.records[0]
+        if part == "output":
+            inputs = sim.input_quantizer(sim.graph["0"])(first_batch(labelled)[0])
+            values = torch.relu(nn.functional.linear(inputs, sim["0"].weight.quantized(), sim.model[0].bias))
+        else:
+            values = sim["0"].weight.weight
+        scale = (step.high - step.low) / (2 ** getattr(sim[layer], part).bits - 1)
+        outside = (values < step.low - scale / 2) | (values > step.high + scale / 2)
+        assert (step.layer, step.part) == (layer, part)
+        assert step.clipped == pytest.approx(float(outside.float().mean()), abs=0.004)
+        assert (step.clipped > 0.02) == (part == "output")
+
+
+def first_batch(labelled: list) -> tuple:
+    """The batch that seed 0 brings first."""
+    order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))
+    return labelled[int(order[0])]
+
+
+def test_edits_that_cannot_be_are_said():
+    sim, labelled = make()
+    for wrong in ((0, "2", "weight.bits", 4), (1, "2", "bits", 4), (1, "2"), "2"):
+        with pytest.raises(SettingError, match="an edit is"):
+            QAT(edits=[wrong])
+    with pytest.raises(SpecError, match="bits"):
+        TrainingControl().set_bits("2", "weight", 1)
+    before = sim.output(labelled[0])
+    with pytest.raises(UnknownLayer):
+        QAT(edits=[(1, "fc", "frozen", True)]).apply(sim, labelled)
+    with pytest.raises(SettingError, match="no weight of its own"):
+        QAT(edits=[(1, "1", "weight.bits", 4)]).apply(sim, labelled)
+    assert torch.equal(sim.output(labelled[0]), before)
 
 
 @pytest.mark.slow
