@@ -121,6 +121,29 @@ def test_gradients_of_the_ends_equal_finite_differences(qmin):
         assert float(end.grad) == pytest.approx(want, rel=1e-3, abs=1e-3)
 
 
+def test_other_bits_in_training_keep_the_parameters_that_the_optimizer_holds_and_the_range():
+    sim, x, y = make()
+    sim.qat("range_learning")
+    optimizer = torch.optim.Adam(sim.parameters(), lr=1e-2)
+    step(sim, optimizer, x, y)
+    before = {name: (sim[name].output.encoding, list(sim[name].output.learned.parameters())) for name in ("2", "5")}
+    snapshot = qlab.Snapshot(sim)
+    sim.configure("*", weight={"bits": 3}, output={"bits": 6})
+    for name, (grid, parameters) in before.items():
+        output = sim[name].output
+        assert all(a is b for a, b in zip(output.learned.parameters(), parameters, strict=True))
+        assert output.encoding.qmax - output.encoding.qmin == 63
+        span, earlier = (float(e.maximum - e.minimum) for e in (output.encoding, grid))
+        assert span == pytest.approx(earlier, rel=0.05)
+    grids = {name: sim[name].output.encoding for name in before}
+    step(sim, optimizer, x, y)
+    assert not any(sim[name].output.encoding.equals(grid) for name, grid in grids.items())
+    assert sim["5"].weight.quantized().detach().unique().numel() <= 8
+    snapshot.restore()
+    assert sim["5"].weight.bits == 4
+    assert all(sim[name].output.encoding.equals(grid) for name, (grid, _) in before.items())
+
+
 def test_a_collapsed_or_crossed_range_stays_valid_and_is_named():
     sim, x, _ = make()
     sim.qat("range_learning")
