@@ -114,7 +114,7 @@ def _plan(sim: QuantSim, file: EncodingsFile, names: Mapping[str, str] | None) -
             others.append((placed.output, entry, target.layer))
     for quantizer, entry, layer in others:
         deciding = own.setdefault(quantizer, (entry, entry.label))
-        if _same(deciding[0], entry):
+        if same_grid(deciding[0], entry):
             loaded[entry.label] = layer
         else:
             unmatched[entry.label] = (
@@ -123,7 +123,8 @@ def _plan(sim: QuantSim, file: EncodingsFile, names: Mapping[str, str] | None) -
     return _Plan(own, loaded, tuple(derived), unmatched)
 
 
-def _same(a: Entry, b: Entry) -> bool:
+def same_grid(a: Entry, b: Entry) -> bool:
+    """Whether two entries tell of one grid."""
     if a.scale is None or b.scale is None or a.offset is None or b.offset is None:
         return a.bits == b.bits
     return a.bits == b.bits and torch.equal(a.scale, b.scale) and torch.equal(a.offset, b.offset)

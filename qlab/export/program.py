@@ -39,12 +39,12 @@ class _Program(nn.Module):
         twin = copy.deepcopy(sim).eval()
         self.model = twin.model
         self._sim = (twin,)  # not a child: the quantizers become operators
-        self._grids: dict[WeightQuantizer, Encoding] = {}
+        self._grids: dict[int, Encoding] = {}  # by id: the exporter prints the keys of what it traces
         for layer in twin.graph:
             quantizer = twin.placed[layer.name].weight
             if quantizer is not None and quantizer.enabled:
                 self._set_bias(layer, values)
-                if quantizer not in self._grids:
+                if id(quantizer) not in self._grids:
                     self._set_weight(quantizer)
 
     def forward(self, *tensors: Tensor) -> Any:
@@ -65,7 +65,7 @@ class _Program(nn.Module):
         owner: Any = quantizer.owner
         del owner._parameters[quantizer.attribute]
         owner.register_buffer(quantizer.attribute, codes)
-        self._grids[quantizer] = encoding
+        self._grids[id(quantizer)] = encoding
 
     def _set_bias(self, layer: Layer, values: dict[str, Tensor]) -> None:
         """The bias as the target adds it; a module that is called twice has one bias, which stays in float."""
@@ -81,7 +81,7 @@ class _Program(nn.Module):
 
     def _call(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = self._sim[0].placed[layer.name]
-        quantizer = entry.weight if entry.weight in self._grids else None
+        quantizer = entry.weight if id(entry.weight) in self._grids else None
         if quantizer is not None and entry.carries_weight:
             return self._weight(quantizer, call_layer(layer, args, kwargs))
         if quantizer is not None and layer.module is not None:
@@ -103,7 +103,7 @@ class _Program(nn.Module):
         return functional_call(module, {"weight": weight}, args, kwargs)
 
     def _weight(self, quantizer: WeightQuantizer, codes: Tensor) -> Tensor:
-        return _dequantize(codes, self._grids[quantizer])
+        return _dequantize(codes, self._grids[id(quantizer)])
 
 
 def _round(x: Tensor, encoding: Encoding) -> Tensor:

@@ -96,13 +96,30 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise InputError(f"{path} is not a sim saved by this version of qlab ({FORMAT}).")
         _preset_from_json(header["preset"])
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        json.JSONDecodeError,
+    ) as error:
         raise InputError(f"{path} is not a readable sim file: {error}.") from error
     return header, tensors
 
 
 def _put(sim: "QuantSim", header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Changes `sim` to what was read from `path`."""
+    try:
+        _put_back(sim, header, tensors, path)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise InputError(f"{path} does not hold what its header says: {error}.") from error
+
+
+def _put_back(
+    sim: "QuantSim", header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]
+) -> None:
     names = [layer.name for layer in sim.graph]
     if names != header["layers"]:
         odd = next((a for a, b in zip(names, header["layers"], strict=False) if a != b), "the number of layers")

@@ -460,6 +460,7 @@ class _Step:
         else:
             self.compute = _WITH_WEIGHT.get(type(layer.module), _functional)
         self.integer = integer_kernel(sim, layer) if sim.preset.int32_bias else None
+        self.is_product = _is_product(layer.module)
 
     def __call__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = self.compute(self, layer, args, kwargs) if self.integer is None else self.exact(layer, args, kwargs)
@@ -529,7 +530,32 @@ def _functional(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[s
 
 def _conv(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     module: Any = layer.module
-    return module._conv_forward(args[0], step.weight.quantized(), step.bias(module))  # type: ignore[union-attr]
+    assert step.weight is not None
+    weight, bias, x = step.weight.quantized(), step.bias(module), args[0]
+    if step.is_product and step.weight.enabled and x.is_contiguous() and not step.sim.training:
+        return _product(x, weight, bias)
+    return module._conv_forward(x, weight, bias)
+
+
+def _is_product(module: nn.Module | None) -> bool:
+    """Whether a convolution multiplies the channels at each place by a matrix and does nothing else."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and (module.kernel_size, module.stride, module.groups) == ((1, 1), (1, 1), 1)
+        and (module.padding in ((0, 0), "same", "valid"))
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution as the matrix product that it is.
+
+    As fast as a convolution and closer to targets: its sums run over the channels in order and end with the bias, as
+    in ONNX Runtime's float kernel, so that fewer of them round to the other side of a half step.
+    """
+    sums = torch.matmul(weight.flatten(1), x.flatten(-2))
+    if bias is not None:
+        sums = sums + bias.view(-1, 1) if torch.is_grad_enabled() else sums.add_(bias.view(-1, 1))
+    return sums.unflatten(-1, x.shape[-2:])
 
 
 def _linear(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -29,6 +29,34 @@ def test_it_writes_the_encodings_of_the_version_chosen(lab, tmp_path):
     view.close()
 
 
+def test_the_check_on_target_and_the_comparison_show_what_the_functions_say(lab, tmp_path):
+    view = ExportPanel(lab, str(tmp_path / "panel"))
+    view.export().result()
+    view._layers.value = True
+    view.check().result()
+    direct = qlab.on_target(lab.sim, tmp_path / "panel.onnx", lab.batches)
+    assert view.checked.identical == direct.identical
+    assert view.checked.layers is not None
+    assert f"{direct.identical:.2%} of the integers" in view._target.value
+    lab.set("0", "weight", bits=4)
+    view._other.value = str(tmp_path / "panel.onnx")
+    view.compare().result()
+    assert list(view.compared.loc[view.compared["state"] == "differs", "tensor"]) == ["0 (weight)"]
+    assert "1 are not" in view._compared.value
+    assert view._target.value in view.to_html()
+    view.close()
+
+
+def test_what_cannot_be_checked_is_said(lab, tmp_path):
+    view = ExportPanel(lab, str(tmp_path / "panel"))
+    with pytest.raises(qlab.errors.InputError, match="there is no file"):
+        view.check().result()
+    assert view.frame.error is not None
+    with pytest.raises(ValueError, match="needs the path"):
+        view.compare()
+    view.close()
+
+
 def test_what_went_wrong_is_shown(lab, tmp_path):
     (tmp_path / "file").write_text("")
     view = ExportPanel(lab, str(tmp_path / "file" / "model"))
