@@ -48,6 +48,7 @@ _LATER: dict[str, tuple[str, str | None]] = {
     "views": ("qlab.views", None),
     "plots": ("qlab.plots", None),
     "examples": ("qlab.examples", None),
+    "prepare": ("qlab.graph.prepare", "prepare"),
     "validate": ("qlab.sim.validate", "validate"),
 }
 

@@ -36,6 +36,7 @@ from qlab.graph.example import (
     tensors_of,
 )
 from qlab.graph.layer_graph import Layer, LayerGraph, call_layer
+from qlab.graph.step import Step
 from qlab.graph.tracing import exported, is_users, size_of
 
 
@@ -85,8 +86,10 @@ def _to_layers(
 ) -> LayerGraph:
     _regroup(flat.graph, root)
     _single_results(flat.graph)
+    _dropouts(flat.graph, program.graph)
     _adopt_constants(flat, root)
     names = _Names(root)
+    locations = getattr(root, "meta", {}).get("locations", {})  # of a prepared model: where each step was written
     layers: list[Layer] = []
     by_node: dict[fx.Node, Layer] = {}
     outputs: Sequence[Any] = ()
@@ -111,10 +114,17 @@ def _to_layers(
         elif node.op == "call_function":
             layer = Layer("", node.target, None, None, _plain_lists(convert["args"]), _plain_lists(kw))
             word = getattr(node.target, "__name__", str(node.target)).split(".")[0].strip("_")
-            layer.name = names.function(_scope(node), word)
+            scope = _scope(node)
+            step = root.get_submodule(scope)
+            if not isinstance(step, Step):
+                layer.name = names.function(scope, word)
+            else:  # of a prepared model: the step's own name
+                is_its_call = node.target is step.function
+                layer.name = names.call(scope) if is_its_call else names.function(scope.rpartition(".")[0], word)
         else:
             raise CaptureError(f"unexpected graph node {node.op} {node.target}")
         _describe(layer, node)
+        layer.location = layer.location or locations.get(layer.name, "")
         by_node[node] = layer
         layers.append(layer)
     parameters = positional_parameters(root)
@@ -195,6 +205,21 @@ def _single_results(graph: fx.Graph) -> None:
         taken[0].replace_all_uses_with(call)
         graph.erase_node(taken[0])
         graph.erase_node(node)
+
+
+def _dropouts(graph: fx.Graph, exported_graph: fx.Graph) -> None:
+    """Changes the graph: dropout as a function is a dropout again, where export left a copy of its input."""
+    wanted = {node.name: node.args[1] for node in exported_graph.nodes if node.target is torch.ops.aten.dropout.default}
+    for node in list(graph.nodes):
+        source = node.meta.get("from_node") if node.target is torch.ops.aten.clone.default else None
+        while source:  # back to the node as export first saw it
+            name, source = source[-1].name, source[-1].from_node
+            if not source and name in wanted:
+                with graph.inserting_before(node):
+                    call = graph.call_function(torch.ops.aten.dropout.default, (node.args[0], wanted[name], False))
+                call.meta = dict(node.meta)
+                node.replace_all_uses_with(call)
+                graph.erase_node(node)
 
 
 def _has_effect(node: fx.Node) -> bool:
