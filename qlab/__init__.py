@@ -9,6 +9,7 @@ from typing import Any
 
 from qlab import errors
 from qlab.graph import capture
+from qlab.mapped import map_weights
 from qlab.progress import Bar, Cancellable, Progress, Silent
 from qlab.quantization import Encoding, Quantizer, QuantSpec, Scheme, Statistics, per_block
 from qlab.sim import (
@@ -88,6 +89,7 @@ __all__ = [
     "capture",
     "errors",
     "load",
+    "map_weights",
     "per_block",
     "presets",
 ]

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.errors import CaptureError
 from qlab.graph.example import cloned
+from qlab.mapped import mapped_twins
 
 # Wrappers by class name, so that torch.distributed need not be imported, to the attribute with the user's model.
 _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
@@ -64,7 +65,7 @@ def admitted(model: Any) -> nn.Module:
     if empty:
         raise CaptureError(f"{empty[0]!r} is on the meta device, which holds no data. Load the model's weights first.")
     try:
-        own = copy.deepcopy(model).eval()
+        own = copy.deepcopy(model, mapped_twins(model)).eval()
     except Exception as error:
         raise CaptureError(f"the model cannot be deep-copied ({error}); qlab works on a copy only.") from error
     for module in own.modules():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlab.errors import NonFiniteData, SpecError
+from qlab.mapped import in_file, is_mapped, let_go
 from qlab.quantization.encoding import Encoding
 from qlab.quantization.fake_quantize import dequantize, fake_quantize
 from qlab.quantization.quantizer import Quantizer, QuantizerState
@@ -108,7 +109,7 @@ class WeightQuantizer(Quantizer):
                     f"rounding of {self.name!r} must have shape {tuple(self.weight.shape)} and lie in "
                     f"[{encoding.qmin}, {encoding.qmax}]."
                 )
-            self._rounding = (codes, encoding, self._fingerprint())
+            self._rounding = (in_file(codes) if is_mapped(self.weight) else codes, encoding, self._fingerprint())
             self._held_by_rounding = self._held_by_rounding or not self._frozen
             self._frozen, self._fitted = True, self._fingerprint()
             if bias_correction is not None:
@@ -161,6 +162,7 @@ class WeightQuantizer(Quantizer):
         except NonFiniteData:
             raise SpecError(f"the weight of {self.name!r} holds NaN or infinity; it has no grid.") from None
         self.encoding = found.to(weight.device)
+        let_go(self.weight)
         if self.rounding_is_stale:
             self._let_go()
 
@@ -178,12 +180,17 @@ class WeightQuantizer(Quantizer):
         if torch.is_grad_enabled() and (weight.requires_grad or self.learned is not None):
             return self.differentiable()
         key = self._key()
-        if self._cache is None or self._cache[0] != key:
-            with torch.no_grad():
-                codes, encoding = self.rounding, self.required_encoding()
-                value = fake_quantize(weight, encoding) if codes is None else dequantize(codes, encoding)
-            self._cache = (self._key(), value.to(weight.dtype))
-        return self._cache[1]
+        if self._cache is not None and self._cache[0] == key:
+            return self._cache[1]
+        with torch.no_grad():
+            codes, encoding = self.rounding, self.required_encoding()
+            value = fake_quantize(weight, encoding) if codes is None else dequantize(codes, encoding)
+            value = value.to(weight.dtype)
+        if is_mapped(weight):  # kept, the quantized weights of all layers would fill the memory that the file saves
+            let_go(weight, *([] if codes is None else [codes]))
+        else:
+            self._cache = (self._key(), value)
+        return value
 
     def differentiable(self) -> Tensor:
         """The quantized weight with a straight-through gradient, computed anew."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.graph import Layer
+from qlab.mapped import let_go
 from qlab.quantization import Encoding, Quantizer, WeightQuantizer
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def update_with_tensor(digest: Any, tensor: Tensor) -> None:
     """Changes `digest` (of hashlib): adds type, shape and every byte of `tensor`."""
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    let_go(tensor)
 
 
 def _operation(layer: Layer) -> str:

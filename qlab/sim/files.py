@@ -39,7 +39,7 @@ def save(sim: "QuantSim", path: str | os.PathLike[str]) -> None:
             aliases[name] = seen[id(value)]
         else:
             seen[id(value)] = name
-            tensors[f"model.{name}"] = value.detach().cpu().contiguous().clone()
+            tensors[f"model.{name}"] = value
     quantizers = {}
     for name, quantizer in sim.quantizers.items():
         assert isinstance(quantizer, Quantizer)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlab.mapped import let_go
 from qlab.quantization import Encoding, Quantizer, QuantSpec
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Marks:
             encoding = quantizer.encoding if quantizer.frozen else None
             settings[name] = Setting(quantizer.spec, quantizer.enabled, quantizer.frozen, encoding)
         tensors = (*sim.model.parameters(), *sim.model.buffers())
-        return cls(settings, tuple(_checksum(tensor.detach()) for tensor in tensors))
+        return cls(settings, tuple(map(_checksum, tensors)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,8 @@ def _checksum(tensor: torch.Tensor) -> int:
     if not tensor.numel():
         return 0
     size = tensor.element_size()
-    flat = tensor.contiguous().view(-1)
+    flat = tensor.detach().contiguous().view(-1)
     whole = _WHOLE[8 if size * flat.numel() % 8 == 0 else size]
-    return int(flat.view(whole).sum(dtype=whole))
+    found = int(flat.view(whole).sum(dtype=whole))
+    let_go(tensor)
+    return found

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from qlab.errors import SpecError, UnknownLayer, nearest
 from qlab.graph import Layer, call_layer, captured
 from qlab.graph.kinds import WEIGHTED
+from qlab.mapped import mapped_twins
 from qlab.progress import Progress, Silent
 from qlab.quantization import Quantizer, WeightQuantizer
 from qlab.sim.batches import flat_inputs
@@ -286,16 +287,18 @@ class QuantSim(nn.Module):
 
     # Calibration and evaluation ---------------------------------------------------------------------------------------
 
-    def calibrate(self, batches: Any, progress: Progress | None = None) -> None:
+    def calibrate(self, batches: Any, progress: Progress | None = None, max_bytes: int | None = None) -> None:
         """Changes the sim: runs the float model over `batches`, keeps statistics, and finds every encoding.
 
         batches: any iterable of tensors, tuples, dicts; of (x, y) it takes x. Earlier statistics are replaced; frozen
-        encodings stay. On an error or when cancelled the sim is as it was. Raises InputError for an empty iterable and
-        NonFiniteData where a layer's values hold NaN or infinity, naming batch and layer.
+        encodings stay. On an error or when cancelled the sim is as it was. max_bytes: all batches go through the layers
+        together, one layer after the other, so that each weight is read once; activations beyond these bytes wait in a
+        file. So it is, with 2 GiB, where weights are mapped (`qlab.map_weights`). Raises InputError for an empty
+        iterable and NonFiniteData where a layer's values hold NaN or infinity, naming batch and layer.
         """
         from qlab.sim.calibrate import calibrate
 
-        calibrate(self, batches, progress or Silent())
+        calibrate(self, batches, progress or Silent(), max_bytes)
 
     def evaluate(self, score: "Evaluation | Callable[[nn.Module], Any]", quantized: bool = True) -> "Measurement":
         """The score of the sim, or of the float model when `quantized` is False.
@@ -439,6 +442,7 @@ class QuantSim(nn.Module):
 
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
+        memo.update({key: copy for key, copy in mapped_twins(self.model).items() if key not in memo})
         for key in ("_modules", *(k for k in self.__dict__ if k != "_modules")):  # the model before its quantizers
             twin.__dict__[key] = None if key == "_steps" else deepcopy(self.__dict__[key], memo)
         return twin

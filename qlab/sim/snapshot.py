@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from qlab.mapped import duplicate, is_mapped, is_unchanged
 from qlab.quantization import Quantizer
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Snapshot:
         self._quantizers = {name: quantizer.state() for name, quantizer in _quantizers(sim)}
         self._model: dict[str, tuple[Tensor, Tensor]] | None = None
         if weights:
-            self._model = {name: (t, t.detach().clone()) for name, t in _tensors(sim.model).items()}
+            self._model = {name: (t, duplicate(t)) for name, t in _tensors(sim.model).items()}
             self._layers = [
                 (layer, layer.module, layer.function, layer.kind, layer.args, layer.kwargs) for layer in sim.graph
             ]
@@ -38,7 +39,8 @@ class Snapshot:
     @property
     def bytes(self) -> int:
         """Memory held for weights."""
-        return sum(c.numel() * c.element_size() for _, c in (self._model or {}).values())
+        copies = (copy for _, copy in (self._model or {}).values() if not is_mapped(copy))
+        return sum(copy.numel() * copy.element_size() for copy in copies)
 
     def restore(self) -> None:
         """Changes the sim back to the remembered state. May be called more than once."""
@@ -73,7 +75,7 @@ class Snapshot:
                 owner, attribute = _owner(sim.model, name)
                 store = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
                 store[attribute] = tensor
-                if tensor.shape != copy.shape or not torch.equal(tensor, copy):
+                if not is_unchanged(tensor, copy):
                     tensor.data = copy.clone() if tensor.shape != copy.shape else tensor.data
                     tensor.copy_(copy)
 

@@ -1,8 +1,10 @@
-"""The float model and the sim over all batches together, moving from one layer to the next.
+"""All batches together through the layers, moving from one to the next: each weight is read once.
 
 A technique that changes layers one after another needs, at each of them, its inputs in the float model and its inputs
 in the sim as changed so far. `stream` keeps every batch at the same place in the graph, hands out the inputs of the
 next chosen layer, and goes on when asked: the whole walk costs one pass of each model, whatever the number of layers.
+`layer_by_layer` does the same for one model. Where weights are mapped from a file (qlab.mapped), memory holds one layer
+at a time beside the activations.
 """
 
 import contextlib
@@ -84,13 +86,13 @@ def stream(
     if not chosen:
         return
     with contextlib.ExitStack() as stack:
-        walk = _Walk(sim, chosen[-1])
+        walk = _Walk(sim, chosen[-1], (call_layer, partial(simulate, sim)))
         states: list[_State] = []
         store = _Store(stack, max_bytes)
         for flat in map(sim.inputs, Batches(batches)):
             if seen is not None:
                 seen(flat)
-            states.append(store.keep(_start(sim, flat)))
+            states.append(store.keep(walk.start(flat)))
         reached = 0
         for position, index in enumerate(chosen):
             layer = sim.graph.layers[index]
@@ -104,6 +106,33 @@ def stream(
             yield Stop(layer, position, len(chosen), states, walk)
 
 
+def layer_by_layer(
+    sim: QuantSim, batches: Any, call: Call, at_batch: Callable[[int, int, int], None], max_bytes: int = 2 << 30
+) -> int:
+    """Runs all batches through the layers together, each computed by `call`; how many there were.
+
+    at_batch(number, done, total) is called before work on a batch goes on; done and total count stretches of layers.
+    Values are freed after their last use; what exceeds `max_bytes` waits in a temporary file.
+    """
+    heavy = [layer.index for layer in sim.graph if sim.placed[layer.name].weight is not None]
+    stops = [*heavy[1:], len(sim.graph)]
+    with contextlib.ExitStack() as stack, sim.evaluating():
+        walk, store = _Walk(sim, len(sim.graph) - 1, (call,), runs_all=True), _Store(stack, max_bytes)
+        states: list[_State] = []
+        for number, flat in enumerate(map(sim.inputs, Batches(batches))):
+            at_batch(number, 0, len(stops) + 1)
+            states.append(store.keep(walk.start(flat)))
+        reached = 0
+        for position, index in enumerate(stops):
+            for number, state in enumerate(states):
+                at_batch(number, position + 1, len(stops) + 1)
+                values = state.load()
+                walk.advance(values, reached, index)
+                states[number] = store.keep(values, state)
+            reached = index
+    return len(states)
+
+
 def simulate(sim: QuantSim, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One layer as `sim.call` computes it, where an activation that was never calibrated stays float."""
     placed = sim.placed[layer.name]
@@ -111,16 +140,18 @@ def simulate(sim: QuantSim, layer: Layer, args: tuple[Any, ...], kwargs: dict[st
     return (sim.compute if uncalibrated else sim.call)(layer, args, kwargs)
 
 
-Values = tuple[dict[int, Any], dict[int, Any]]
-"""The live values of one batch by layer index, in the float model and in the sim."""
+Values = tuple[dict[int, Any], ...]
+"""The live values of one batch by layer index, in each model: the float one and the sim, or in one alone."""
 
 
 class _Walk:
-    """Runs both models from one layer to another, without gradient."""
+    """Runs models from one layer to another, without gradient: one for each of `calls`.
 
-    def __init__(self, sim: QuantSim, last: int) -> None:
-        self._sim = sim
-        self._call = partial(simulate, sim)
+    runs_all: layers whose values nobody uses are computed as well.
+    """
+
+    def __init__(self, sim: QuantSim, last: int, calls: tuple[Call, ...], runs_all: bool = False) -> None:
+        self._sim, self._calls, self._runs_all = sim, calls, runs_all
         self._frees: dict[int, list[int]] = {}
         uses = {source.index: layer.index for layer in sim.graph.layers[: last + 1] for source in layer.inputs}
         for source, user in uses.items():
@@ -128,14 +159,22 @@ class _Walk:
         self._needed = set(uses)
 
     @torch.no_grad()
+    def start(self, flat: list[Any]) -> Values:
+        """The values of the input layers of one batch."""
+        given = list(zip(self._sim.graph.input_layers, flat, strict=True))
+        return tuple({layer.index: call(layer, (value,), {}) for layer, value in given} for call in self._calls)
+
+    @torch.no_grad()
     def advance(self, values: Values, start: int, stop: int) -> None:
         """Changes `values`: runs the layers from `start` up to, without, `stop`."""
         for layer in self._sim.graph.layers[start:stop]:
-            if layer.kind not in ("input", "parameter") and layer.index in self._needed:
+            needed = layer.index in self._needed
+            if layer.kind not in ("input", "parameter") and (needed or self._runs_all):
                 given = self._arguments(layer, values)
-                calls: tuple[Call, Call] = (call_layer, self._call)
-                for side, arguments, call in zip(values, given, calls, strict=True):
-                    side[layer.index] = call(layer, arguments.args, arguments.kwargs)
+                for side, arguments, call in zip(values, given, self._calls, strict=True):
+                    value = call(layer, arguments.args, arguments.kwargs)
+                    if needed:
+                        side[layer.index] = value
             for free in self._frees.get(layer.index, ()):
                 for side in values:
                     side.pop(free, None)
@@ -143,26 +182,17 @@ class _Walk:
     @torch.no_grad()
     def arguments(self, layer: Layer, state: "_State") -> tuple[Arguments, Arguments]:
         """(float, quantized) arguments of `layer`, which is the next to run."""
-        return self._arguments(layer, state.load())
+        of_float, of_sim = self._arguments(layer, state.load())
+        return of_float, of_sim
 
-    def _arguments(self, layer: Layer, values: Values) -> tuple[Arguments, Arguments]:
+    def _arguments(self, layer: Layer, values: Values) -> list[Arguments]:
         found = []
-        calls: tuple[Call, Call] = (call_layer, self._call)
-        for side, call in zip(values, calls, strict=True):
+        for side, call in zip(values, self._calls, strict=True):
             # Parameters are read when used: a weight may have been rounded since its layer's turn.
             own = {s.index: call(s, (), {}) for s in layer.inputs if s.kind == "parameter"}
             known = {**side, **own} if own else side
             found.append(Arguments(fill(layer.args, known), fill(layer.kwargs, known)))  # type: ignore[arg-type]
-        return found[0], found[1]
-
-
-def _start(sim: QuantSim, flat: list[Any]) -> Values:
-    """The values of the input layers of one batch, in both models."""
-    layers = sim.graph.input_layers
-    return (
-        {layer.index: value for layer, value in zip(layers, flat, strict=True)},
-        {layer.index: simulate(sim, layer, (value,), {}) for layer, value in zip(layers, flat, strict=True)},
-    )
+        return found
 
 
 @dataclass

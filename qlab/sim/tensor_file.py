@@ -1,12 +1,16 @@
-"""Safetensors files written whole or not at all."""
+"""Safetensors files written whole or not at all, one tensor after the other: no copy of all of them is made."""
 
+import json
 import os
-import re
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
+
+from qlab.mapped import DTYPES, let_go
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -16,14 +20,25 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta
     """
     target = Path(path)
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # The widest numbers first, as the format wants it, so that every tensor is aligned.
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name in ordered:
+        value = tensors[name]
+        begin, end = end, end + value.numel() * value.element_size()
+        header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    told = json.dumps(header).encode()
+    told += b" " * (-len(told) % 8)
     try:
-        save_file(tensors, beside, metadata=metadata)
+        with beside.open("wb") as file:
+            file.write(len(told).to_bytes(8, "little") + told)
+            for name in ordered:
+                value = tensors[name].detach().cpu().contiguous()
+                file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+                let_go(tensors[name])
         os.replace(beside, target)
-    except SafetensorError as error:
-        reason = re.search(r"\(os error (\d+)\)", str(error))
-        if reason is None:
-            raise
-        number = int(reason[1])
-        raise OSError(number, os.strerror(number), os.fspath(path)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     finally:
         beside.unlink(missing_ok=True)
