@@ -8,6 +8,7 @@ from qlab.views.compare import Compare
 from qlab.views.dashboard import Dashboard
 from qlab.views.diagnosis import Diagnosis
 from qlab.views.export_panel import ExportPanel
+from qlab.views.findings import Findings
 from qlab.views.graph_view import GraphView
 from qlab.views.guidebook import Guidebook
 from qlab.views.histogram import Histogram
@@ -34,6 +35,7 @@ __all__ = [
     "Dashboard",
     "Diagnosis",
     "ExportPanel",
+    "Findings",
     "GraphView",
     "Guidebook",
     "Histogram",
