@@ -1,7 +1,7 @@
 """Model families in plain torch.nn, small enough for a test: what `capture` must be able to read.
 
-`FAMILIES` holds one entry a family; `hugging_face` adds those of an installed transformers. benchmarks/breadth.py
-prints the README's table from the same entries.
+`FAMILIES` holds one entry a family; `hugging_face` adds those of an installed transformers. benchmarks/families.py
+prints the table of docs/families.md from the same entries.
 """
 
 from tests.graph.families import convolutional, dense_prediction, other, sequences, transformers_plain

@@ -41,12 +41,13 @@ def tokens(length: int, vocabulary: int) -> Callable[[int], Tensor]:
 class Outcome:
     """What became of one family.
 
-    layers: steps of the captured model. seconds: to capture and place it. exact: whether the captured model equals the
-    user's bit for bit on a batch of another size. unexplained: float steps without a reason. finite, sqnr (dB): of the
-    calibrated sim at 8-bit weights and 16-bit activations.
+    layers: steps of the captured model, in_float: those of them that stay in float. seconds: to capture and place it.
+    exact: whether the captured model equals the user's bit for bit on a batch of another size. unexplained: float steps
+    without a reason. finite, sqnr (dB): of the calibrated sim at 8-bit weights and 16-bit activations.
     """
 
     layers: int
+    in_float: int
     seconds: float
     exact: bool
     unexplained: tuple[str, ...]
@@ -68,14 +69,15 @@ def examine(family: Family) -> Outcome:
         want = readable(model(*args, **kwargs))
     exact = same(want, sim.float_output(batch))
     coverage = sim.coverage()
-    unexplained = coverage[(coverage["role"] == "float") & (coverage["reason"] == "")]["layer"]
+    in_float = coverage[coverage["role"] == "float"]
+    unexplained = in_float[in_float["reason"] == ""]["layer"]
     scored = family.batch(4)
     sim.calibrate([family.batch(4), scored])
     output = sim.output(scored)
     values = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
     finite = all(bool(v.isfinite().all()) for v in values)
     score = sim.evaluate(qlab.SQNR([scored]))
-    return Outcome(len(sim.graph), seconds, exact, tuple(unexplained), finite, float(score))
+    return Outcome(len(coverage), len(in_float), seconds, exact, tuple(unexplained), finite, float(score))
 
 
 def same(a: Any, b: Any) -> bool:
