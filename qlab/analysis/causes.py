@@ -101,7 +101,7 @@ def _of_rounding(group: Group, quantizer: Quantizer) -> str:
             kind = "depthwise channels" if layer.kind == "depthwise_conv" else "channels"
             step = float(quantizer.required_encoding().scale.max())
             narrowest = float(widths[widths > 0].min()) / step
-            return f"range spread of {kind} {spread:.3g}x; the narrowest channel gets {narrowest:.2g} steps a side"
+            return f"range spread of {kind} {_times(spread)}x; the narrowest channel gets {narrowest:.2g} steps a side"
     if (factor := tail_factor(quantizer)) > TAIL:
         stretched = "" if layer.kind not in ("relu6", "clip") else "ReLU6 range: it fills [0, 6] though "
         return f"{stretched}0.1 % of the values stretch the range {factor:.2g} times"
@@ -141,7 +141,16 @@ def _is_one_sided(quantizer: Quantizer) -> bool:
 
 def _reach(widths: Tensor, outliers: Sequence[int]) -> str:
     times = float(widths[outliers[0]] / widths[widths > 0].median())
-    return f"{'reaches' if len(outliers) == 1 else 'reach'} {times:.2g} times as far as the median channel"
+    return f"{'reaches' if len(outliers) == 1 else 'reach'} {_times(times)} times as far as the median channel"
+
+
+def _times(value: float) -> str:
+    """A ratio to read: two digits, all digits of large ones.
+
+    >>> [_times(value) for value in (4.26, 37.2, 480.4, 18_900.0)]
+    ['4.3', '37', '480', '18,900']
+    """
+    return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
 
 
 def _listed(channels: Sequence[int]) -> str:

@@ -34,7 +34,7 @@ def sensitivity(analysis: "Analysis", mode: str = "enabled") -> "SensitivityFigu
     from qlab import plots
 
     frame, baseline = sensitivity_frame(analysis.table(mode), mode, analysis.summary)
-    return plots.sensitivity(frame, baseline=baseline, score_name=_named(analysis))
+    return plots.sensitivity(frame, baseline=baseline, score_name=name_of(analysis))
 
 
 def sensitivity_frame(
@@ -78,7 +78,7 @@ def summary(analysis: "Analysis") -> "SensitivityFigure":
         }
     )
     baseline = base if math.isfinite(base) else float(finite.max()) if len(finite) else 0.0
-    return plots.sensitivity(frame, baseline=baseline, score_name=_named(analysis))
+    return plots.sensitivity(frame, baseline=baseline, score_name=name_of(analysis))
 
 
 def noise(analysis: "Analysis", limit: float = 20.0) -> "NoiseFigure":
@@ -197,5 +197,6 @@ def _grid(quantizer: Quantizer) -> tuple[pd.DataFrame | None, tuple[float, float
     return pd.DataFrame({"value": (codes - float(encoding.zero_point)) * float(encoding.scale)}), clip
 
 
-def _named(analysis: "Analysis") -> str:
+def name_of(analysis: "Analysis") -> str:
+    """The name of the score, with its unit where it is dB."""
     return f"{analysis.score_name} [{analysis.score_unit}]" if analysis.score_unit == "dB" else analysis.score_name

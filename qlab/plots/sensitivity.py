@@ -99,8 +99,16 @@ class SensitivityFigure(LayerRows):
         ]
         theme.add_hover(figure, [bars, ends], [*tips, ("note", "@note")])
 
-    def update(self, frame: pd.DataFrame, *, baseline: float | Mapping[str, float] | None = None) -> None:
-        """Show other scores in place; arguments as in `sensitivity`."""
+    def update(
+        self,
+        frame: pd.DataFrame,
+        *,
+        baseline: float | Mapping[str, float] | None = None,
+        score_name: str | None = None,
+    ) -> None:
+        """Show other scores in place; arguments as in `sensitivity`, without a name it stays."""
+        if score_name is not None:
+            self._score_name = self.figure.xaxis[0].axis_label = score_name
         frame = read_frame(frame, ("layer", "score"), "sensitivity")
         chosen = self.layers_at(self.source.selected.indices)
         score = numbers(frame, "score", "sensitivity")
@@ -110,10 +118,11 @@ class SensitivityFigure(LayerRows):
         start = np.array(
             [_baseline(baseline, name, mode) for name, mode in zip(series, modes, strict=True)], dtype=float
         )
-        damage: dict[str, float] = {}
-        for name, difference in zip(layer, np.nan_to_num(abs(score - start), nan=-1.0), strict=True):
-            damage[name] = max(damage.get(name, -1.0), difference)
-        rows = {name: row for row, name in enumerate(sorted(damage, key=lambda name: damage[name], reverse=True))}
+        damage: dict[str, float] = {}  # by layer, what its score differs from the baseline; NaN where it has none
+        for name, difference in zip(layer, score - start, strict=True):
+            damage[name] = max(damage.get(name, np.nan), difference, key=lambda d: np.nan_to_num(abs(d), nan=-1.0))
+        order = sorted(damage, key=lambda name: np.nan_to_num(abs(damage[name]), nan=-1.0), reverse=True)
+        rows = {name: row for row, name in enumerate(order)}
         slot, height = {name: i for i, name in enumerate(names)}, 0.8 / max(len(names), 1)
         top = np.array(
             [rows[name] - 0.4 + slot[kind] * height for name, kind in zip(layer, series, strict=True)], dtype=float
@@ -163,8 +172,8 @@ class SensitivityFigure(LayerRows):
             return
         done = len({name for name, value in zip(layer, score, strict=True) if np.isfinite(value)})
         measured = f"{done} of {len(order)} layers measured" if done < len(order) else f"{done} layers"
-        worst = f", most sensitive {theme.elide(order[0], 40)} ({damage[order[0]]:.3g})" if done else ""
-        self._say(f"{self._score_name}: {measured}{worst}{self._more_rows()}")
+        worst = f", worst {theme.elide(order[0], 30)} ({damage[order[0]]:+.3g})" if done else ""
+        self._say(f"{self._score_name}: {measured}{self._more_rows()}{worst}")  # one line, at a cell's width
 
 
 def _series(frame: pd.DataFrame) -> tuple[list[str], list[str]]:

@@ -125,9 +125,10 @@ class Diagnosis(View):
 
 def _page(found: why.Diagnosis) -> str:
     rows = "".join(
-        f"<tr><td>{escape(row.part)}</td><td>{row.share:.1%}</td><td>{row.share_error:.1%}</td>"
-        f"<td>{row.sqnr:.1f}</td></tr>"
-        for row in found.parts.itertuples(index=False)
+        f"<tr><td>{escape(row.part)}</td><td style='{_bar(row.share)}'>{row.share + 0.0:.1%}</td>"
+        f"<td>{row.share_error:.1%}</td><td>{row.sqnr:.1f}</td></tr>"
+        for row in found.parts.round({"share": 4}).itertuples(index=False)
+        if row.mse
     )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("part of the error", "share", "±", "SQNR [dB]"))
     nothing = "" if found.fixes else "<p>No fix that was tried helps by more than its own error.</p>"
@@ -135,6 +136,12 @@ def _page(found: why.Diagnosis) -> str:
         f"<p><b>{escape(found.layer)}</b>: SQNR {found.sqnr:.1f} dB. {escape(found.cause)}</p>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{nothing}"
     )
+
+
+def _bar(share: float) -> str:
+    """The style of a cell that is filled to `share`."""
+    percent = 100 * min(max(share, 0.0), 1.0)
+    return f"background:linear-gradient(to right, rgba(213,94,0,.3) {percent:.1f}%, transparent 0)"
 
 
 def _told(fix: Fix) -> str:

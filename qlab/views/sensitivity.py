@@ -10,7 +10,7 @@ import pandas as pd
 from qlab.analysis import Analysis, QuantAnalyzer, Row
 from qlab.analysis.analysis import EARLIER
 from qlab.analysis.cases import MODES, SUMMARY
-from qlab.analysis.pictures import sensitivity_frame
+from qlab.analysis.pictures import name_of, sensitivity_frame
 from qlab.errors import Cancelled
 from qlab.lab import Lab
 from qlab.lab.jobs import Job
@@ -65,6 +65,7 @@ class Sensitivity(View):
         self.analysis: Analysis | None = None
         self._job: Job | None = None
         self._row_s = 0.0
+        self._score_name = "SQNR [dB]" if lab.score is None else lab.score.name  # until an analysis says
         self._rows: dict[tuple[str, ...], Row] = {}
         self._drawn = 0.0
         self._is_drawing = False
@@ -117,7 +118,7 @@ class Sensitivity(View):
         self._is_drawing = True
         try:
             with self.pane.batch():
-                self._figure.update(frame, baseline=baseline)
+                self._figure.update(frame, baseline=baseline, score_name=self._score_name)
                 self._figure.select(self._lab.selected)
         finally:
             self._is_drawing = False
@@ -156,8 +157,8 @@ class Sensitivity(View):
         self.analysis, self._old = analysis, ()
         rows = pd.concat([analysis.summary, analysis.enabled, analysis.disabled])
         self._rows = {row.key: row for row in (Row(**values) for values in rows.to_dict("records"))}
-        name = " ".join(filter(None, (analysis.score_name, analysis.score_unit)))
-        self._state = f"{how}: {name}, {analysis.samples} samples, {seconds:.1f} s."
+        self._score_name = name_of(analysis)
+        self._state = f"{how}: {self._score_name}, {analysis.samples} samples, {seconds:.1f} s."
         self._compare_rows()
 
     def _compare_rows(self) -> None:

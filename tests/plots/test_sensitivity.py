@@ -26,7 +26,14 @@ def test_the_most_damaging_layer_is_first():
     plot = plots.sensitivity(SCORES, baseline=0.95)
     assert plot.layers == ["b", "c", "a"]
     assert row(plot, "b", "row") < row(plot, "c", "row") < row(plot, "a", "row")
-    assert plot.headline == "score: 3 layers, most sensitive b (0.45)"
+    assert plot.headline == "score: 3 layers, worst b (-0.45)"
+
+
+def test_the_name_of_the_score_can_change():
+    plot = plots.sensitivity(SCORES, baseline=0.95)
+    plot.update(SCORES, baseline=0.95, score_name="SQNR [dB]")
+    assert plot.figure.xaxis[0].axis_label == "SQNR [dB]"
+    assert plot.headline.startswith("SQNR [dB]: ")
 
 
 def test_modes_have_baselines_and_names_of_their_own():
