@@ -46,7 +46,8 @@ def compare_encodings(sim: QuantSim, other: "QuantSim | str | os.PathLike[str]")
             rows.append(_row(str(target), entry.label, ONLY_THERE, None, _alone(entry), "it is float here."))
         elif quantizer not in seen:
             seen[quantizer] = entry
-            rows.append(_compared(_name(quantizer), entry, quantizer))
+            guest = f"there it is the grid of {target.layer!r}." if _is_guest(sim, target) else ""
+            rows.append(_compared(_name(quantizer), entry, quantizer, guest))
         elif not same_grid(entry, seen[quantizer]):
             note = f"here it lies on the grid of {quantizer.name!r}."
             rows.append(_row(str(target), entry.label, ONLY_THERE, None, _alone(entry), note))
@@ -97,7 +98,7 @@ def _is_guest(sim: QuantSim, target: Target | None) -> bool:
     return quantizer is not None and quantizer.name != target.layer
 
 
-def _compared(name: str, entry: Entry, quantizer: Quantizer) -> dict[str, Any]:
+def _compared(name: str, entry: Entry, quantizer: Quantizer, note: str) -> dict[str, Any]:
     ours = quantizer.encoding if quantizer.enabled else None
     if entry.bits is None:
         state = SAME if ours is None else ONLY_HERE
@@ -106,7 +107,7 @@ def _compared(name: str, entry: Entry, quantizer: Quantizer) -> dict[str, Any]:
         return _row(name, entry.label, ONLY_THERE, None, _alone(entry), "its quantizer is off, or not calibrated.")
     try:
         theirs, _ = encoding_of(entry, quantizer)
-        return _row(name, entry.label, None, ours, theirs, "")
+        return _row(name, entry.label, None, ours, theirs, note)
     except InputError as error:
         return _row(name, entry.label, INCOMPARABLE, ours, _alone(entry), str(error))
 

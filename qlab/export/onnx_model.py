@@ -250,6 +250,13 @@ class _Insertion:
 
 
 def _tensor(name: str, values: np.ndarray, kind: str) -> "TensorProto":
+    """An initializer of plain bytes: as a list of numbers, a negative integer would take ten."""
     from onnx import TensorProto, helper
 
-    return helper.make_tensor(name, getattr(TensorProto, kind.upper()), values.shape, np.asarray(values).reshape(-1))
+    flat = np.asarray(values).reshape(-1)
+    if kind in ("int4", "uint4"):
+        nibbles = np.append(flat, 0)[: flat.size + flat.size % 2].astype(np.int8).view(np.uint8) & 0xF
+        flat = nibbles[0::2] | nibbles[1::2] << 4
+    else:
+        flat = flat.astype(np.dtype("float32" if kind == "float" else kind).newbyteorder("<"))
+    return helper.make_tensor(name, getattr(TensorProto, kind.upper()), np.shape(values), flat.tobytes(), raw=True)
