@@ -1,5 +1,6 @@
 """How long work reports itself and how it is cancelled: one small protocol, known by every layer of qlab."""
 
+import os
 import threading
 from typing import Any, Protocol
 
@@ -57,7 +58,8 @@ class Cancellable:
 class Bar:
     """A tqdm bar (a widget in Jupyter, a line in a terminal) as a progress; a context manager that closes it.
 
-    Work that takes less than half a second shows none.
+    Work that takes less than half a second shows none; QLAB_BARS=0 in the environment shows none at all, as for
+    notebooks whose outputs are kept.
     """
 
     def __init__(self, title: str = "") -> None:
@@ -69,7 +71,8 @@ class Bar:
         from tqdm.auto import tqdm  # a slow import, needed only when a bar is shown
 
         if self._bar is None:
-            self._bar = tqdm(total=total, desc=self.title, leave=False, delay=0.5)
+            is_off = os.environ.get("QLAB_BARS") == "0"
+            self._bar = tqdm(total=total, desc=self.title, leave=False, delay=0.5, disable=is_off)
         self._bar.total = total
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(done - self._bar.n)

@@ -4,6 +4,11 @@ Each function builds a `Plot`: the last line of a cell shows it, `.save("x.html"
 `.update(frame, ...)` changes it in place, `.figure` is the Bokeh figure.
 """
 
+try:
+    import bokeh  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError('figures need Bokeh: pip install "qlab[lab]"') from error
+
 from qlab.plots.columns import WrongColumns
 from qlab.plots.comparison import ComparisonFigure, comparison
 from qlab.plots.decision_tree import DecisionTreeFigure, decision_tree

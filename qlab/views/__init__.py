@@ -3,6 +3,15 @@
 A new view is one file, and one line here; `@tab(...)` on its class makes it a tab of the dashboard.
 """
 
+try:
+    import anywidget  # noqa: F401
+    import bokeh  # noqa: F401
+    import ipywidgets  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        'the dashboard and its views need ipywidgets, anywidget and Bokeh: pip install "qlab[lab]"'
+    ) from error
+
 from qlab.views.bokeh_pane import BokehPane
 from qlab.views.compare import Compare
 from qlab.views.dashboard import Dashboard

@@ -32,6 +32,7 @@ class Guidebook(View):
         self._choice = ipywidgets.Dropdown(description="Step", layout=ipywidgets.Layout(width="330px"))
         self._choice.style.description_width = "40px"
         self._choice.options = [(step.title, key) for key, step in flow.STEPS.items()]
+        self._choice.value = next(iter(flow.STEPS))
         self._run = ipywidgets.Button(description="Run", icon="play", button_style="primary")
         self._run.on_click(self.guarded(lambda _: self.run()))
         self._why = ipywidgets.HTML()

@@ -84,3 +84,12 @@ def test_what_went_wrong_is_shown(lab, monkeypatch):
     assert "no number" in view.frame.text
     assert view.guide.offered.key == "sanity"
     view.close()
+
+
+def test_a_guide_at_its_end_can_be_shown(lab):
+    guide = qlab.guidebook(lab)
+    guide.step("verdict")
+    assert guide.offered is None
+    view = Guidebook(lab, guide)
+    assert "at its end" in view._why.value
+    view.close()
