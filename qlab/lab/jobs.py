@@ -86,10 +86,18 @@ class Job:
 
     title: what the person reads. changes: whether it changes the sim; edits are refused meanwhile. state, done, total,
     text, seconds, rate and seconds_left say how far it is; value, exception and report what came of it.
+    then: called when the end of work that had begun was announced, the lock free; nobody waits for it to see the end.
     A job is also the Progress that its work reports to.
     """
 
-    def __init__(self, work: Callable[["Job"], Any], title: str, changes: bool, events: LabEvents) -> None:
+    def __init__(
+        self,
+        work: Callable[["Job"], Any],
+        title: str,
+        changes: bool,
+        events: LabEvents,
+        then: Callable[[], None] | None = None,
+    ) -> None:
         self.title = title
         self.changes = changes
         self.state = JobState.WAITING
@@ -99,6 +107,7 @@ class Job:
         self.value: Any = None
         self.exception: BaseException | None = None
         self._work = work
+        self._then = then
         self._events = events
         self._stop = threading.Event()
         self._resumed = threading.Event()
@@ -294,10 +303,15 @@ class Job:
 
     def _end(self) -> None:
         self._work = _over  # what it closed over may be large
+        then, self._then = self._then, None
         try:
             self._events.send("job_ended", self)
         finally:
-            self._over.set()
+            try:
+                if then is not None and self._began is not None:
+                    then()
+            finally:
+                self._over.set()
 
 
 class Worker:

@@ -380,7 +380,7 @@ class Lab:
     def _launch(self, task: Task) -> Job:
         if task.changes and self.live and self._measuring is not None:
             self._measuring.cancel()  # it would be in vain; the end of the job starts another
-        return self._worker.start(Job(task.work, task.title, task.changes, self.events))
+        return self._worker.start(Job(task.work, task.title, task.changes, self.events, task.then))
 
 
 def _finish(job: Job) -> Any:

@@ -22,11 +22,15 @@ from qlab.techniques import Report, Technique
 
 @dataclass(frozen=True)
 class Task:
-    """What a job is to do. changes: it changes the sim, as one step of the history, and holds the lock meanwhile."""
+    """What a job is to do. changes: it changes the sim, as one step of the history, and holds the lock meanwhile.
+
+    then: called after its end, whatever that was.
+    """
 
     title: str
     work: Callable[[Job], Any]
     changes: bool
+    then: Callable[[], None] | None = None
 
 
 def task_of(state: LabState, given: Given, what: Any, batches: Any, score: Any, announce: Callable[[], None]) -> Task:
@@ -39,12 +43,12 @@ def task_of(state: LabState, given: Given, what: Any, batches: Any, score: Any, 
     title = getattr(what, "__name__", type(what).__name__)
     if isinstance(what, Technique):
         action = Apply(what, given.named(data), None if judge is None else given.named(judge))
-        return Task(title, _changing(state, action, _technique(state.sim, what, data, judge), announce), True)
+        return Task(title, _changing(state, action, _technique(state.sim, what, data, judge)), True, announce)
     if hasattr(what, "measure"):
         return Task(title, _analysis(state, what.measure, data, judge), False)
     if callable(what):
         action_ = Foreign(f"function {title}")
-        return Task(title, _changing(state, action_, _function(state.sim, what), announce), True)
+        return Task(title, _changing(state, action_, _function(state.sim, what)), True, announce)
     raise InputError(f"expected a technique, an analysis or a function of (sim, progress); got {what!r}.")
 
 
@@ -55,14 +59,13 @@ def calibration(state: LabState, given: Given, batches: Any, announce: Callable[
     def work(job: Job) -> None:
         state.sim.calibrate(data, progress=job)
 
-    return Task("calibrate", _changing(state, Calibrate(given.named(data)), work, announce, weights=False), True)
+    return Task("calibrate", _changing(state, Calibrate(given.named(data)), work, weights=False), True, announce)
 
 
 def _changing(
     state: LabState,
     action: Action,
     work: Callable[[Job], Any],
-    announce: Callable[[], None],
     weights: bool = True,
 ) -> Callable[[Job], Any]:
     """Work as one step; `work` leaves the sim as it was where it fails.
@@ -90,8 +93,6 @@ def _changing(
         except BaseException:
             state.watch.look()
             raise
-        finally:
-            job.outside(announce)
 
     return run
 

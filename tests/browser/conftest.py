@@ -41,12 +41,48 @@ SESSION = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session"
 
 
 @dataclass(frozen=True)
+class Frontend:
+    """What shows notebooks. module: `python -m` starts it. path: of a notebook. alive: a page that answers at once.
+
+    own: what is its own doing, with an empty notebook too: errors of the page, addresses that requests begin with.
+    """
+
+    module: str
+    options: tuple[str, ...]
+    path: str
+    alive: str = "/api"
+    own: tuple[str, ...] = ()
+
+
+SERVER_OPTIONS = ("--ServerApp.port_retries=0", "--ServerApp.root_dir={notebooks}", "--IdentityProvider.token={token}")
+JUPYTERLAB = Frontend("jupyterlab", (*SERVER_OPTIONS, "--LabApp.expose_app_in_browser=True"), "lab/tree")
+NOTEBOOK_7 = Frontend(
+    "notebook",
+    (*SERVER_OPTIONS, "--JupyterNotebookApp.expose_app_in_browser=True"),
+    "notebooks",
+    own=("Cannot read properties of undefined (reading 'schema')",),
+)
+VOILA = Frontend(
+    "voila",
+    ("--Voila.root_dir={notebooks}", "--token={token}"),
+    "voila/render",
+    alive="/",
+    own=("https://cdn.jsdelivr.net/npm/@fortawesome/",),  # icons; without them it shows the same
+)
+
+
+@dataclass(frozen=True)
 class Server:
-    """A JupyterLab of our own: its settings, kernels and files are in a temporary folder."""
+    """A server of our own: its settings, kernels and files are in a temporary folder."""
 
     url: str
     token: str
     notebooks: Path
+    frontend: Frontend = JUPYTERLAB
+
+    def address(self, name: str) -> str:
+        """Where a notebook is opened."""
+        return f"{self.url}/{self.frontend.path}/{name}?reset&token={self.token}"
 
     def request(self, path: str, method: str = "GET") -> bytes:
         headers = {"Authorization": f"token {self.token}"}
@@ -169,8 +205,8 @@ def jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @contextmanager
-def running_jupyterlab(folder: Path) -> Iterator[Server]:
-    """A JupyterLab that ends with the context, all it writes in `folder`."""
+def running_jupyterlab(folder: Path, frontend: Frontend = JUPYTERLAB) -> Iterator[Server]:
+    """A JupyterLab, or another frontend, that ends with the context, all it writes in `folder`."""
     private = ("CONFIG", "DATA", "RUNTIME")
     environment = {
         **os.environ,
@@ -182,19 +218,19 @@ def running_jupyterlab(folder: Path) -> Iterator[Server]:
         "OMP_NUM_THREADS": "1",
         "QLAB_STRICT": "1",
     }
-    news = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    news.parent.mkdir(parents=True)
-    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    if frontend is JUPYTERLAB:  # the others fetch no news, and settings of what they lack are an error to them
+        news = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+        news.parent.mkdir(parents=True)
+        news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     notebooks = folder / "notebooks"
     notebooks.mkdir()
     port = _free_port()
-    server = Server(f"http://127.0.0.1:{port}", secrets.token_hex(16), notebooks)
-    command = [
-        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"),
-        *("--ServerApp.port_retries=0", f"--IdentityProvider.token={server.token}"),
-        *(f"--ServerApp.root_dir={notebooks}", "--LabApp.expose_app_in_browser=True"),
-    ]
-    log = folder / "jupyterlab.log"
+    server = Server(f"http://127.0.0.1:{port}", secrets.token_hex(16), notebooks, frontend)
+    options = [option.format(notebooks=notebooks, token=server.token) for option in frontend.options]
+    as_root = [] if frontend is VOILA else ["--allow-root"]
+    command = [sys.executable, "-m", frontend.module, "--no-browser", f"--port={port}", *as_root, *options]
+    command += ["--Voila.ip=127.0.0.1" if frontend is VOILA else "--ip=127.0.0.1"]
+    log = folder / f"{frontend.module}.log"
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
     try:
@@ -234,18 +270,29 @@ def open_notebook(jupyterlab: Server, chromium: Browser) -> Iterator[Callable[[l
 
 def new_notebook(chromium: Browser, jupyterlab: Server, cells: list[str]) -> Notebook:
     """A notebook of these cells in a page of its own, its kernel ready and nothing run."""
+    notebook = new_page(chromium, jupyterlab)
+    notebook.page.goto(jupyterlab.address(write_notebook(jupyterlab, cells)))
+    notebook.idle()
+    return notebook
+
+
+def new_page(chromium: Browser, server: Server) -> Notebook:
+    """An empty page, watched for errors and for requests that leave the machine."""
     context = chromium.new_context(viewport={"width": 1300, "height": 1000})
-    notebook = Notebook(context.new_page(), jupyterlab)
+    notebook = Notebook(context.new_page(), server)
     context.route("**/*", lambda route: _keep_inside(route, notebook))
-    notebook.page.on("pageerror", lambda error: notebook.errors.append(str(error)))
+    notebook.page.on("pageerror", lambda error: _note_error(str(error), notebook))
     notebook.page.on("websocket", lambda socket: _note_outside(socket.url, notebook))
+    return notebook
+
+
+def write_notebook(server: Server, cells: list[str]) -> str:
+    """A notebook of these cells among the server's files; returns its name."""
     name = f"{secrets.token_hex(4)}.ipynb"
     content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     content.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(content, jupyterlab.notebooks / name)
-    notebook.page.goto(f"{jupyterlab.url}/lab/tree/{name}?reset&token={jupyterlab.token}")
-    notebook.idle()
-    return notebook
+    nbformat.write(content, server.notebooks / name)
+    return name
 
 
 @pytest.fixture
@@ -259,6 +306,11 @@ def notebook(shared_notebook: Notebook, request: pytest.FixtureRequest) -> Itera
     shared_notebook.complain()
 
 
+def _note_error(error: str, notebook: Notebook) -> None:
+    if error not in notebook.server.frontend.own:
+        notebook.errors.append(error)
+
+
 def _keep_inside(route: Route, notebook: Notebook) -> None:
     if _note_outside(route.request.url, notebook):
         route.abort()
@@ -268,7 +320,7 @@ def _keep_inside(route: Route, notebook: Notebook) -> None:
 
 def _note_outside(url: str, notebook: Notebook) -> bool:
     is_outside = not url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:"))
-    if is_outside:
+    if is_outside and not url.startswith(notebook.server.frontend.own):
         notebook.outside.append(url)
     return is_outside
 
@@ -282,10 +334,10 @@ def _free_port() -> int:
 def _wait_for(server: Server, process: subprocess.Popen, log: Path) -> None:
     for _ in range(240):
         try:
-            server.request("/api")
+            server.request(server.frontend.alive)
             return
         except OSError:
             if process.poll() is not None:
                 break
             time.sleep(0.25)
-    pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
+    pytest.fail(f"{server.frontend.module} did not start:\n{log.read_text()[-2000:]}")

@@ -55,9 +55,9 @@ def test_the_selection_is_told_when_it_changes(lab: qlab.Lab, heard: list) -> No
 def test_a_technique_is_told_from_beginning_to_end(lab: qlab.Lab, heard: list, nudge) -> None:
     job = lab.start(nudge())
     job.result(timeout_s=20)
-    assert [event[0] for event in heard] == ["job_started", "edited", "history_changed", "scores", "job_ended"]
-    assert heard[0][1] is job
-    assert heard[1][1] == tuple(lab.layers()["name"])
+    assert [event[0] for event in heard] == ["job_started", "job_ended", "edited", "history_changed", "scores"]
+    assert heard[0][1] is heard[1][1] is job
+    assert heard[2][1] == tuple(lab.layers()["name"])
 
 
 def test_measuring_is_told_step_by_step(lab: qlab.Lab, heard: list) -> None:
