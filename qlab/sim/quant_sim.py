@@ -27,6 +27,8 @@ from qlab.sim.placement import Placed, Role, matches_glob, place
 from qlab.sim.presets import Preset, w8a8
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     import pandas as pd
 
     from qlab.export.export import Exported
@@ -287,18 +289,26 @@ class QuantSim(nn.Module):
 
     # Calibration and evaluation ---------------------------------------------------------------------------------------
 
-    def calibrate(self, batches: Any, progress: Progress | None = None, max_bytes: int | None = None) -> None:
+    def calibrate(
+        self,
+        batches: Any,
+        progress: Progress | None = None,
+        max_bytes: int | None = None,
+        executor: "Executor | None" = None,
+    ) -> None:
         """Changes the sim: runs the float model over `batches`, keeps statistics, and finds every encoding.
 
         batches: any iterable of tensors, tuples, dicts; of (x, y) it takes x. Earlier statistics are replaced; frozen
         encodings stay. On an error or when cancelled the sim is as it was. max_bytes: all batches go through the layers
         together, one layer after the other, so that each weight is read once; activations beyond these bytes wait in a
-        file. So it is, with 2 GiB, where weights are mapped (`qlab.map_weights`). Raises InputError for an empty
-        iterable and NonFiniteData where a layer's values hold NaN or infinity, naming batch and layer.
+        file. So it is, with 2 GiB, where weights are mapped (`qlab.map_weights`). executor: the batches are shared
+        among its workers (concurrent.futures, dask), which send statistics back; the result is the same. Raises
+        InputError for an empty iterable and NonFiniteData where a layer's values hold NaN or infinity, naming batch and
+        layer.
         """
         from qlab.sim.calibrate import calibrate
 
-        calibrate(self, batches, progress or Silent(), max_bytes)
+        calibrate(self, batches, progress or Silent(), max_bytes, executor)
 
     def evaluate(self, score: "Evaluation | Callable[[nn.Module], Any]", quantized: bool = True) -> "Measurement":
         """The score of the sim, or of the float model when `quantized` is False.

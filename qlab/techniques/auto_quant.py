@@ -72,6 +72,9 @@ class AutoQuant(Technique):
     veto: Any = setting((), "stages, or techniques, to leave out", hidden=True)  # noqa: RUF009
     force: Any = setting((), "stages, or techniques, to keep whatever their score", hidden=True)  # noqa: RUF009
     max_stages: int | None = setting(None, "end with the best of the first so many stages", minimum=1, hidden=True)
+    executor: Any = setting(  # noqa: RUF009
+        None, "workers (concurrent.futures, dask) for stages that start from the same state", hidden=True
+    )
     steering: Any = setting(None, "a Steering, to veto and force stages while it runs", hidden=True)  # noqa: RUF009
 
     def __post_init__(self) -> None:

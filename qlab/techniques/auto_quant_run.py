@@ -4,11 +4,13 @@ A stage starts from a finished one, changes the working copy and is scored.
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, replace
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlab.analysis.shadow import shadow
@@ -19,6 +21,7 @@ from qlab.quantization import Quantizer, WeightQuantizer
 from qlab.sim import Measurement, QuantSim, Snapshot
 from qlab.sim.batches import Batches
 from qlab.sim.evaluate import Evaluation
+from qlab.sim.files import load_state
 from qlab.techniques.auto_quant_result import AutoQuantResult
 from qlab.techniques.batch_norm_folding import BatchNormFolding
 from qlab.techniques.cross_layer_equalization import CrossLayerEqualization
@@ -28,6 +31,7 @@ from qlab.techniques.stage_scores import Scores
 from qlab.techniques.stage_store import StageStore, fingerprint, key_of
 from qlab.techniques.stage_tree import Stage, StageTree, rule_changes, set_rules
 from qlab.techniques.stages import StageRecord, Steering
+from qlab.techniques.stages_ahead import StagesAhead
 from qlab.techniques.technique import Technique
 
 if TYPE_CHECKING:
@@ -85,7 +89,12 @@ class AutoQuantRun:
         self.sim.eval()
         self.scores = Scores(evaluation)
         self.tree = StageTree(self.sim, self.steering, store, data.source, settings.within_error)
+        self.ahead = StagesAhead(settings.executor)
         self.techniques = [t if isinstance(t, Technique) else _default(t, self.sim, store) for t in techniques]
+        self.techniques = [
+            replace(t, executor=settings.executor) if isinstance(t, MixedPrecision) and t.executor is None else t
+            for t in self.techniques
+        ]
         self.records: list[StageRecord] = []
         self.notes: list[str] = []
         self.target: float | None = None
@@ -121,12 +130,15 @@ class AutoQuantRun:
                 raise
             cancelled = self._ended_early = True
             self.notes.append("cancelled; this is the best so far.")
+        finally:
+            self.ahead.close()
         return self._outcome(cancelled)
 
     # The plan ---------------------------------------------------------------------------------------------------------
 
     def _search(self) -> None:
         self._set_target()
+        self.ahead.share(self.scores, self.data)
         given = self._as_given()
         self._weights_in_float(given)
         base = self._apply("BatchNormFolding", given, BatchNormFolding()) or given
@@ -139,7 +151,9 @@ class AutoQuantRun:
             for stage in self.tree.top(1, _is_rounding):
                 self._apply(_name(technique), stage, technique)
         finalists = self.tree.top(self.settings.finalists, _is_rounding)
-        for technique in filter(_is_rounding, self.techniques):
+        rounding = list(filter(_is_rounding, self.techniques))
+        self._send_ahead([(key_of(s.key, _identity(t)), s, t) for t in rounding for s in finalists])
+        for technique in rounding:
             for stage in finalists:
                 name = _name(technique) if len(finalists) == 1 else f"{_name(technique)} of {stage.record.stage}"
                 self._apply(name, stage, technique)
@@ -218,6 +232,11 @@ class AutoQuantRun:
 
     def _try_rules(self, parent: Stage | None) -> None:
         equalized = parent is not None and isinstance(parent.technique, CrossLayerEqualization)
+        above = "" if parent is None else parent.key
+        if self.ahead.is_on:
+            self.tree.enter(parent)
+            pairs = [rules for rules in self.settings.rules if rule_changes(self.sim, *rules)]
+            self._send_ahead([(key_of(above, "rules", *rules), parent, rules) for rules in pairs])
         for weights, outputs in self.settings.rules:
             self.tree.enter(parent)
             if not rule_changes(self.sim, weights, outputs):
@@ -226,6 +245,22 @@ class AutoQuantRun:
             record = StageRecord(name, GIVEN if parent is None else parent.record.stage)
             key = key_of("" if parent is None else parent.key, "rules", weights, outputs)
             self._stage(Stage(record, parent, key, rules=(weights, outputs)), self._with_rules(weights, outputs))
+
+    def _send_ahead(self, stages: "list[tuple[str, Stage | None, tuple[str, str] | Technique]]") -> None:
+        """Lets workers, where there are some, begin with stages that start from finished ones: (key, parent, what)."""
+        for key, parent, what in stages if self.ahead.is_on else ():
+            if self.store.find(key, isinstance(what, Technique)) is None:
+                self.tree.enter(parent)
+                self.ahead.send(key, self.sim, what)
+
+    def _adopt(self, stage: Stage, state: bytes | None) -> None:
+        """Changes the working copy to what a worker made of a stage; rules need no state."""
+        if state is None:
+            return
+        with tempfile.TemporaryDirectory(prefix="qlab-") as folder:
+            path = Path(folder) / "sim.safetensors"
+            path.write_bytes(state)
+            self.tree.adopt(stage, lambda: load_state(self.sim, path))
 
     def _with_rules(self, weights: str, outputs: str) -> Callable[[Progress], str]:
         def work(progress: Progress) -> str:
@@ -275,10 +310,15 @@ class AutoQuantRun:
             if known is not None:
                 stage.record = replace(record, **known)
             else:
-                self.tree.enter(stage.parent)
-                note = work(progress)
-                is_done = True
-                score, sqnr = self.scores.of(self.sim, progress)
+                found = self.ahead.take(stage.key, progress)
+                if found is None:
+                    self.tree.enter(stage.parent)
+                    note = work(progress)
+                    is_done = True
+                    score, sqnr = self.scores.of(self.sim, progress)
+                else:
+                    note, score, sqnr, is_done = found.note, found.score, found.sqnr, True
+                    self._adopt(stage, found.state)
                 stage.record = self._scored(record, score, sqnr, started, "", note)
         except _Vetoed:
             end("vetoed", "while it ran" if is_done or stage.record is not record else "")
@@ -357,6 +397,8 @@ class AutoQuantRun:
         if not met and weights is not None and self.target is not None and weights.score < self.target:
             self.notes.append(f"with its weights in float: {weights.reason}.")
         self._tell_of_closer(best)
+        if self.ahead.lost:
+            self.notes.append(self.ahead.lost)
         score = math.nan if best is None else best.record.score
         return AutoQuantResult(
             technique="AutoQuant",
@@ -490,7 +532,7 @@ def _default(kind: type[Technique], sim: QuantSim, store: StageStore) -> Techniq
 
 def _identity(technique: Technique) -> str:
     """The settings of a technique that its result depends on."""
-    told = {f.name: getattr(technique, f.name) for f in fields(technique) if f.name not in _FOLDERS}
+    told = {f.name: getattr(technique, f.name) for f in fields(technique) if f.name not in (*_FOLDERS, "executor")}
     return f"{_name(technique)} {told}"
 
 

@@ -5,9 +5,11 @@ rest, is verified by true evaluations, because the errors of layers do not simpl
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from qlab.analysis.estimate import estimate_sensitivity
 from qlab.analysis.shadow import require_calibrated, set_bits, shadow
@@ -20,6 +22,7 @@ from qlab.sim import SQNR, Measurement, QuantSim
 from qlab.sim.batches import Batches
 from qlab.sim.evaluate import Evaluation, evaluation_of
 from qlab.sim.placement import matches_glob
+from qlab.sim.workers import Workers
 from qlab.techniques.lagrangian import sweep, within
 from qlab.techniques.technique import Report, Technique
 
@@ -144,6 +147,9 @@ class MixedPrecision(Technique):
     skip: Any = setting((), "globs of layers that keep their bits")  # noqa: RUF009
     verify: int = setting(3, "points of the front to evaluate beside the chosen one", minimum=0, maximum=50)
     seed: int = setting(0, "of the estimate's random directions", minimum=0)
+    executor: Any = setting(  # noqa: RUF009
+        None, "workers (concurrent.futures, dask) for the evaluations of points", hidden=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -285,10 +291,9 @@ class _Search:
         points.append(self._current())
         truly = [p for p in points if p.kind != "predicted" or self._picks(p) in wanted]
         scores: dict[tuple[tuple[str, str, int], ...], Measurement] = {}
-        for number, point in enumerate(truly):
+        for number, (point, score) in enumerate(self._evaluated(list({p.settings: p for p in truly}.values()))):
             self.progress.step(number, len(truly), f"verify {point.label}")
-            if point.settings not in scores:
-                scores[point.settings] = self._verified(point)
+            scores[point.settings] = score
         points = [self._with_score(point, scores.get(point.settings)) for point in points]
         points.sort(key=lambda point: (point.cost, -point.predicted))
         best = self._best([p for p in points if p.cost <= limit * (1 + 1e-9) and p.kind != "current"], chosen.settings)
@@ -391,14 +396,35 @@ class _Search:
     def _picks(self, point: Point) -> tuple[int, ...]:
         return tuple(self.settings.bits.index(point.configuration[group.name]) for group in self.groups)
 
+    def _evaluated(self, points: list[Point]) -> Iterator[tuple[Point, Measurement]]:
+        """Each point with its true score, from workers where there are some."""
+        if self.settings.executor is None:
+            yield from ((point, self._verified(point)) for point in points)
+            return
+        with torch.no_grad():
+            self.evaluation.prepare(self.sim)
+        workers = Workers(self.settings.executor, (self.sim, self.evaluation))
+        found = workers.map(_evaluate, points, lambda: self.progress.step(0, len(points), "verify on workers"))
+        yield from zip(points, found, strict=True)
+        if workers.lost:
+            self.notes.append(
+                f"{workers.lost} evaluations were lost by workers and made again here ({workers.reason})."
+            )
+
     def _verified(self, point: Point) -> Measurement:
-        twin = shadow(self.sim)
-        point.apply(twin)
-        return twin.evaluate(self.evaluation)
+        return _evaluate((self.sim, self.evaluation), point)
 
     def _with_score(self, point: Point, score: Measurement | None) -> Point:
         kind = "verified" if point.kind == "predicted" and score is not None else point.kind
         return replace(point, score=score, kind=kind)
+
+
+def _evaluate(shared: tuple[QuantSim, Evaluation], point: Point) -> Measurement:
+    """The true score of one point; the sim is not changed."""
+    sim, evaluation = shared
+    twin = shadow(sim)
+    point.apply(twin)
+    return twin.evaluate(evaluation)
 
 
 def _widths(value: Any) -> tuple[int, ...]:

@@ -73,12 +73,17 @@ class StageTree:
             stage.snapshot = Snapshot(self.sim)
 
     def _enter_from_file(self, stage: Stage) -> None:
-        self.enter(stage.parent)
         if stage.technique is None:
-            return
+            self.enter(stage.parent)
+        else:
+            self.adopt(stage, lambda: self.store.load(stage.key, self.sim))
+
+    def adopt(self, stage: Stage, load: Callable[[], None]) -> None:
+        """Changes the working copy to a state that was computed elsewhere; `load` puts it on the one to begin with."""
+        self.enter(stage.parent)
         log, before = list(self.sim.log), Marks.of(self.sim)
         self._root.restore()
-        self.store.load(stage.key, self.sim)
+        load()
         self.sim.log[:] = [*log, LogEntry(stage.technique, self._data, None, before, Marks.of(self.sim))]
 
     # Choosing ---------------------------------------------------------------------------------------------------------
