@@ -6,7 +6,7 @@ bits, scheme or range change. Means give bias corrections the same way.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,12 @@ class Moments:
         q = matrix.double()
         quadratic = ((q @ self.gram.double()) * q).sum(-1)
         return (self.energy.double() - 2 * (q * self.cross).sum(-1) + quadratic).clamp_min(0)
+
+    def of_equal_inputs(self, matrix: Tensor) -> "Moments":
+        """The moments if the float model had the sim's inputs: nothing to make up for. matrix: the float weight."""
+        cross = (matrix.double() @ self.gram.double()).to(self.cross.dtype)
+        energy = (cross * matrix).sum(-1)
+        return replace(self, cross=cross, energy=energy, mean_float=self.mean_quantized)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Moments":
         return self  # never changed

@@ -5,6 +5,7 @@ for a layer is kept under its key and is found again only where it still holds.
 """
 
 import hashlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,14 @@ def content_keys(sim: "QuantSim", quantized: bool = True) -> dict[str, str]:
 
     A key covers the layer's operation, parameters, buffers and quantizers, and the keys of its inputs; not the data.
     """
+    return dict(keys_in_order(sim, quantized))
+
+
+def keys_in_order(sim: "QuantSim", quantized: bool = True, ranges: bool = True) -> Iterator[tuple[str, str]]:
+    """(name, key) of layer after layer, each of the sim's state at the moment it is asked for.
+
+    ranges False leaves out the measured ranges of activations: calibrating again changes no key.
+    """
     keys: dict[str, str] = {}
     for layer in sim.graph:
         digest = hashlib.sha256()
@@ -33,9 +42,9 @@ def content_keys(sim: "QuantSim", quantized: bool = True) -> dict[str, str]:
             digest.update(name.encode())
             update_with_tensor(digest, tensor)
         if quantized:
-            _update_with_quantizers(digest, sim, layer)
+            _update_with_quantizers(digest, sim, layer, ranges)
         keys[layer.name] = digest.hexdigest()
-    return keys
+        yield layer.name, keys[layer.name]
 
 
 def update_with_tensor(digest: Any, tensor: Tensor) -> None:
@@ -61,14 +70,15 @@ def _tensors(layer: Layer) -> list[tuple[str, Tensor]]:
     return [*layer.module.named_parameters(), *layer.module.named_buffers()]
 
 
-def _update_with_quantizers(digest: Any, sim: "QuantSim", layer: Layer) -> None:
+def _update_with_quantizers(digest: Any, sim: "QuantSim", layer: Layer, ranges: bool) -> None:
     entry = sim.placed[layer.name]
     digest.update(f"{entry.role} {sim.preset.int32_bias}".encode())
     for quantizer in (entry.weight, entry.output):
         if quantizer is None:
             continue
         digest.update(f"{quantizer.spec} {quantizer.spec.known_range} {quantizer.enabled} {quantizer.frozen}".encode())
-        _update_with_grid(digest, quantizer)
+        if ranges or isinstance(quantizer, WeightQuantizer):
+            _update_with_grid(digest, quantizer)
 
 
 def _update_with_grid(digest: Any, quantizer: Quantizer) -> None:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlab.analysis.moment_store import MomentStore
+from qlab.analysis.moment_store import InputKeys, MomentStore
 from qlab.analysis.moments import MomentSums
 from qlab.errors import InputError, UnknownLayer, nearest
-from qlab.graph import linear_form
+from qlab.graph import Layer, LinearForm, linear_form
 from qlab.progress import Progress
 from qlab.quantization import WeightQuantizer, quantize
 from qlab.sim import Batches, QuantSim
@@ -77,6 +77,7 @@ class _Walk:
         self.plan, self.choose, self.sim, self.progress = plan, choose, sim, progress
         self.names, self._left, self._shared = _roundable(sim, plan.layers)
         self._keys = content_keys(sim, quantized=False)
+        self._inputs = InputKeys(sim)
         self._store = MomentStore.of(sim)
         self._rows: dict[str, dict[str, Any]] = {}
         self._unkept: list[str] = []
@@ -125,11 +126,23 @@ class _Walk:
                 + f" that belong to the weights as they are now. Run {self.plan.name}().apply(sim, batches) with any "
                 "iterable of inputs."
             )
+        moved = []
         for position, (name, moments) in enumerate(known.items()):
+            layer = self.sim.graph[name]
+            form = linear_form(layer)
+            assert form is not None
+            if not self._store.are_of(name, self._inputs.of(_read(layer, form))):
+                moved.append(name)
+                moments = moments.of_equal_inputs(form.matrix(self._quantizer(name).weight.detach()))
             task = task_of(self.sim, name, moments, None, name in self._shared)
             self._round(task, position, len(known))
         missing = [name for name in lost if name not in known]
         notes = ["rounded again from the moments of an earlier run, without data."] if known else []
+        if moved:
+            notes.append(
+                "layers before them have been rounded otherwise since, so they make up for no error but their own: "
+                f"{', '.join(moved)}. With data they would."
+            )
         if missing:
             notes.append(
                 f"round to nearest, for no moments of them are kept: {', '.join(missing)}. Give data to apply."
@@ -178,7 +191,8 @@ class _Walk:
                 raise InputError(
                     f"no batch reaches layer {name!r}: {plan.name} needs at least one batch with at least one sample."
                 )
-            if not self._store.keep(name, self._keys[name], moments, plan.max_bytes):
+            inputs = self._inputs.of(_read(stop.layer, form))
+            if not self._store.keep(name, self._keys[name], inputs, moments, plan.max_bytes):
                 self._unkept.append(name)
         return task_of(self.sim, name, moments, stop, name in self._shared)
 
@@ -220,6 +234,13 @@ class _Walk:
     def _cache_keys(self, batches: Batches) -> dict[str, str]:
         """The key of each layer's result: settings, data, and the sim up to the layer as it is before anything."""
         return RoundingCache.keys(self.plan.settings, self.sim, self.names, batches)
+
+
+def _read(layer: Layer, form: LinearForm) -> Layer:
+    """The layer whose value the weight is multiplied with."""
+    source = layer.args[form.operand]
+    assert isinstance(source, Layer)
+    return source
 
 
 def _roundable(sim: QuantSim, patterns: tuple[str, ...]) -> tuple[list[str], dict[str, str], set[str]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import qlab
-from qlab.analysis.moment_store import MomentStore
+from qlab.analysis.moment_store import InputKeys, MomentStore
 from qlab.analysis.moments import MomentSums, collect_moments
 from qlab.errors import InputError
 from qlab.graph import linear_form
@@ -143,11 +143,48 @@ def test_kept_moments_are_found_only_for_the_weights_and_inputs_that_they_belong
     moments = collect_moments(sim, batches, ["left", "right"])
     store = MomentStore.of(sim)
     assert store is MomentStore.of(sim)
-    assert store.keep("left", "key", moments["left"], max_bytes=1 << 20)
+    assert store.keep("left", "key", "inputs", moments["left"], max_bytes=1 << 20)
     assert store.find("left", "key") is moments["left"]
     assert store.find("left", "other") is None
     assert store.find("right", "key") is None
+    assert store.are_of("left", "inputs")
+    assert not store.are_of("left", "others")
+    assert not store.are_of("right", "inputs")
     assert store.bytes == moments["left"].bytes
-    assert not store.keep("right", "key", moments["right"], max_bytes=store.bytes)
+    assert not store.keep("right", "key", "inputs", moments["right"], max_bytes=store.bytes)
     assert len(store) == 1
     assert MomentStore.of(copy.deepcopy(sim)).find("left", "key") is moments["left"]
+
+
+def test_the_key_of_an_input_holds_roundings_and_bits_before_it_and_no_ranges():
+    sim, batches = calibrated(), [x for x, _ in data()]
+    source = sim.graph["left"].args[0]
+
+    def key(change=lambda sim: None) -> str:
+        twin = copy.deepcopy(sim)
+        change(twin)
+        return InputKeys(twin).of(twin.graph[source.name])
+
+    assert key() == key()
+    assert key(lambda sim: sim.calibrate([2 * x for x in batches])) == key()
+    assert key(lambda sim: sim.configure("left", weight={"bits": 3})) == key()  # it comes after
+    assert key(lambda sim: sim.configure("stem.0", weight={"bits": 3})) != key()
+    assert key(lambda sim: sim.configure("stem.2", output={"bits": 3})) != key()
+    lazily = InputKeys(sim)
+    early = lazily.of(sim.graph["x"])
+    sim["stem.0"].weight.bits = 3  # before it is asked for what follows
+    assert lazily.of(sim.graph["x"]) == early
+    assert lazily.of(source) == InputKeys(sim).of(source)
+
+
+def test_with_equal_inputs_the_error_is_that_of_the_weight_alone():
+    sim, batches = calibrated(), [x for x, _ in data()]
+    moments = collect_moments(sim, batches, ["head"])["head"]
+    weight = sim.model.head.weight.detach()
+    other = weight + 0.1 * torch.randn(weight.shape)
+    equal = moments.of_equal_inputs(weight[None])
+    assert float(equal.error(weight[None]).max()) < 1e-5 * float(equal.energy.max())
+    gram = moments.gram[0].double()
+    wanted = torch.stack([e @ gram @ e for e in (other - weight).double()])
+    torch.testing.assert_close(equal.error(other[None])[0], wanted, rtol=1e-3, atol=1e-6)
+    assert torch.equal(equal.mean_float, moments.mean_quantized)

@@ -294,6 +294,21 @@ def test_other_bits_are_rounded_again_without_data_as_with_data(monkeypatch):
     assert qlab.AdaRound().apply(sim).summary == "every rounding is in force: nothing to do"
 
 
+def test_after_coarse_layers_have_become_fine_nothing_is_made_up_for_that_is_gone(captured, monkeypatch):
+    original, batches = captured["sequences"]
+    sim, noise = copy.deepcopy(original), qlab.SQNR(batches)
+    sim.configure("*", weight={"bits": 2})
+    qlab.AdaRound().apply(sim, batches)
+    sim.configure("*", weight={"bits": 8})
+    nearest, stale = sim.evaluate(noise), copy.deepcopy(sim)
+    report = qlab.AdaRound().apply(sim)
+    assert sim.evaluate(noise) > nearest
+    assert any("rounded otherwise since" in note and "3, 6" in note for note in report.notes)
+    monkeypatch.setattr(MomentStore, "are_of", lambda *names: True)  # as if nothing had changed before
+    qlab.AdaRound().apply(stale)
+    assert stale.evaluate(noise) < nearest - 3
+
+
 def test_changed_weights_end_a_rounding_and_ask_for_data():
     sim, batches = two_layers()
     qlab.AdaRound().apply(sim, batches)
