@@ -31,6 +31,7 @@ from qlab.views.score import Score
 from qlab.views.selection_bar import SelectionBar
 from qlab.views.sensitivity import Sensitivity
 from qlab.views.settings_form import SettingsForm
+from qlab.views.stages import Stages
 from qlab.views.tabs import TABS, tab
 from qlab.views.technique_form import TechniqueForm
 from qlab.views.training import Training
@@ -60,6 +61,7 @@ __all__ = [
     "SelectionBar",
     "Sensitivity",
     "SettingsForm",
+    "Stages",
     "TechniqueForm",
     "Training",
     "View",
