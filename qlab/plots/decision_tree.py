@@ -1,4 +1,4 @@
-"""What AutoQuant tried, as a tree: each stage under the one it started from, with score, gain and verdict."""
+"""What AutoQuant tried, as a tree: each stage a row under the one it started from, with score, gain and verdict."""
 
 import numpy as np
 import pandas as pd
@@ -6,7 +6,6 @@ from bokeh.models import ColumnDataSource
 
 from qlab.plots import theme
 from qlab.plots.columns import numbers, read_frame, texts
-from qlab.plots.layered_layout import layered_layout
 from qlab.plots.plot import Plot
 
 # shape, ink: a verdict is read from its word and its shape as well as from its colour
@@ -21,13 +20,15 @@ VERDICTS = {
 }
 KEPT = ("target met", "effective", "forced")
 _OTHER = ("square", theme.NEUTRAL)
-ROW_HEIGHT = 74
+ROW_HEIGHT = 30
+_INDENT = 26  # px a level, of a figure as wide as it may get
+_LETTERS = 38  # of a name: what leaves room for score and verdict in a narrow pane
 
 
 def decision_tree(
     frame: pd.DataFrame, *, score_name: str = "score", target: float | None = None
 ) -> "DecisionTreeFigure":
-    """Draw stages as boxes from the first at the top, joined to the stage that each builds on.
+    """Draw stages as rows, each indented under the stage that it builds on and joined to it, in order.
 
     frame: one row per stage with `stage` (unique), `parent` (a stage, or missing for a start), `score` (NaN: none),
         `verdict`, and optionally `gain`, `seconds`, `reason` (hover), `is_best` (the stages that lead to the result).
@@ -74,16 +75,10 @@ class DecisionTreeFigure(Plot):
             line_color="color",
             line_width=2,
         )
-        ink = {
-            "source": self.source,
-            "text_color": theme.NEUTRAL,
-            "text_font": {"value": theme.FONT},
-            "text_align": "center",
-        }
-        figure.text(
-            "x", "y", text="name", y_offset=-5, text_font_size="12px", text_font_style="bold", x_offset=8, **ink
-        )
-        figure.text("x", "y", text="text", y_offset=12, text_font_size="11px", x_offset=8, **ink)
+        ink = {"source": self.source, "text_color": theme.NEUTRAL, "text_font": {"value": theme.FONT}, "y_offset": 5}
+        bold = {"text_font_size": "12px", "text_font_style": "bold"}
+        figure.text("left", "y", text="name", x_offset=28, **bold, **ink)
+        figure.text("right", "y", text="text", x_offset=-8, text_align="right", text_font_size="11px", **ink)
         tips = [
             ("stage", "@stage"),
             ("verdict", "@verdict"),
@@ -106,12 +101,10 @@ class DecisionTreeFigure(Plot):
         is_best = (
             frame["is_best"].fillna(False).astype(bool).tolist() if "is_best" in frame.columns else [False] * len(stage)
         )
-        joined = [(above, name) for above, name in zip(parent, stage, strict=True) if above]
-        placed = layered_layout(stage, joined)
-        x, y = placed.y.to_numpy(), -placed.x.to_numpy()  # depth runs down
+        order, depth = _rows(stage, parent)
+        x, y = _INDENT * np.array(depth, float), -np.array(order, float)
         looks = [VERDICTS.get(word, _OTHER) for word in verdict]
-        span = max(x.max() - x.min() + 1, 2.6) if len(x) else 1.0  # a lone column of boxes does not fill the width
-        letters = int((theme.WIDTH - 40) / span * 0.9 / 6.6) - 3
+        width = float(theme.WIDTH - 40)
         self.source.data = {
             "stage": stage,
             "parent": parent,
@@ -124,32 +117,33 @@ class DecisionTreeFigure(Plot):
             "y": y,
             "color": [ink for _, ink in looks],
             "marker": [shape for shape, _ in looks],
-            "left": x - 0.46,
-            "right": x + 0.46,
-            "top": y + 0.36,
-            "bottom": y - 0.36,
-            "mark_x": x - 0.46 + 16 / ((theme.WIDTH - 40) / span),
+            "left": x,
+            "right": np.full(len(stage), width),
+            "top": y + 0.42,
+            "bottom": y - 0.42,
+            "mark_x": x + 14,
             "line": [theme.ORANGE if best else ink for best, (_, ink) in zip(is_best, looks, strict=True)],
-            "name": [theme.elide(name, max(letters, 3)) for name in stage],
-            "text": [theme.elide(_line(*row), max(letters, 3)) for row in zip(score, gain, verdict, strict=True)],
+            "name": [theme.elide(name, _LETTERS) for name in stage],
+            "text": [_line(*row) for row in zip(score, gain, verdict, strict=True)],
         }
         at = {name: i for i, name in enumerate(stage)}
-        ends = [(at[above], at[name]) for above, name in joined]
-        best_edge = [is_best[i] and is_best[j] for i, j in ends]
+        ends = [(at[above], i) for i, above in enumerate(parent) if above]
+        ends.sort(key=lambda end: is_best[end[0]] and is_best[end[1]])  # what leads to the result is drawn on top
+        trunk = [x[i] + _INDENT / 2 for i, _ in ends]  # down from the parent's box, then across to the child's
+        colors = [theme.ORANGE if is_best[i] and is_best[j] else theme.NEUTRAL for i, j in ends]
         self.edges.data = {
-            "x0": [x[i] for i, _ in ends],
-            "y0": [y[i] - 0.36 for i, _ in ends],
-            "x1": [x[j] for _, j in ends],
-            "y1": [y[j] + 0.36 for _, j in ends],
-            "color": [theme.ORANGE if best else theme.NEUTRAL for best in best_edge],
+            "x0": [*trunk, *trunk],
+            "y0": [*(y[i] - 0.42 for i, _ in ends), *(y[j] for _, j in ends)],
+            "x1": [*trunk, *(x[j] for _, j in ends)],
+            "y1": [*(y[j] for _, j in ends)] * 2,
+            "color": colors * 2,
         }
         if not stage:
             self._say("stages", empty="No stage has run yet.")
             return
-        middle = (x.max() + x.min()) / 2
-        theme.set_range(self.figure.x_range, middle - span / 2, middle + span / 2)
-        theme.set_range(self.figure.y_range, y.min() - 0.5, y.max() + 0.5)
-        self.figure.height = int(50 + ROW_HEIGHT * (y.max() - y.min() + 1))
+        theme.set_range(self.figure.x_range, -4, width + 4)
+        theme.set_range(self.figure.y_range, y.min() - 0.6, y.max() + 0.6)
+        self.figure.height = 50 + ROW_HEIGHT * len(stage)
         kept = [value for value, word in zip(score, verdict, strict=True) if word in KEPT and np.isfinite(value)]
         best = f"best {self._score_name} {max(kept):.4g}" if kept else "none kept yet"
         wanted = f", target {target:.4g}" if target is not None else ""
@@ -159,3 +153,23 @@ class DecisionTreeFigure(Plot):
 def _line(score: float, gain: float, verdict: str) -> str:
     parts = [f"{score:.4f}" if np.isfinite(score) else "", f"({gain:+.4f})" if np.isfinite(gain) else "", verdict]
     return " ".join(part for part in parts if part)
+
+
+def _rows(stage: list[str], parent: list[str]) -> tuple[list[int], list[int]]:
+    """The row of each stage, children under their parent in order, and its depth; raises ValueError for a stranger.
+
+    >>> _rows(["a", "b", "c", "d"], ["", "a", "", "a"])
+    ([0, 1, 3, 2], [0, 1, 0, 1])
+    """
+    children: dict[str, list[int]] = {}
+    for i, above in enumerate(parent):
+        if above and above not in stage:
+            raise ValueError(f"decision_tree: {stage[i]!r} builds on {above!r}, which is no stage.")
+        children.setdefault(above, []).append(i)
+    row, depth = [0] * len(stage), [0] * len(stage)
+    waiting, count = [(i, 0) for i in reversed(children.get("", []))], 0
+    while waiting:
+        i, level = waiting.pop()
+        row[i], depth[i], count = count, level, count + 1
+        waiting += [(child, level + 1) for child in reversed(children.get(stage[i], []))]
+    return row, depth

@@ -13,7 +13,7 @@ from qlab.plots.plot import Plot
 def training(frame: pd.DataFrame, *, score_name: str = "score", float_score: float | None = None) -> "TrainingFigure":
     """Draw loss (left axis) and validation score (right axis) over steps.
 
-    frame: one row per step with `step`, `loss`, and optionally `score` (NaN where it was not measured).
+    frame: one row per step with `step`, `loss`, and optionally `score`; either is NaN where it was not measured.
     float_score: the float model's score, in the title to compare with.
     """
     plot = TrainingFigure(score_name=score_name)
@@ -67,8 +67,8 @@ class TrainingFigure(Plot):
         frame = read_frame(frame, ("step", "loss"), "training")
         step, loss = numbers(frame, "step", "training"), numbers(frame, "loss", "training")
         score = numbers(frame, "score", "training") if "score" in frame.columns else np.full(len(frame), np.nan)
-        is_measured = np.isfinite(score)
-        self.steps.data = {"step": step, "loss": loss}
+        is_measured, is_step = np.isfinite(score), ~np.isnan(loss)
+        self.steps.data = {"step": step[is_step], "loss": loss[is_step]}
         self.scores.data = {"step": step[is_measured], "score": score[is_measured]}
         self._axis.visible = bool(is_measured.any())
         self._legend.items = self._items if is_measured.any() else []
@@ -80,7 +80,8 @@ class TrainingFigure(Plot):
         _fit(self.figure.extra_y_ranges["score"], score, 0.1)
         best = f", best {self._score_name} {np.nanmax(score):.4g}" if is_measured.any() else ""
         against = f" (float {float_score:.4g})" if float_score is not None else ""
-        self._say(f"step {step[-1]:g}: loss {loss[-1]:.4g}{best}{against}")
+        last = f"loss {loss[is_step][-1]:.4g}" if is_step.any() else "no loss"
+        self._say(f"step {step[-1]:g}: {last}{best}{against}")
 
 
 class RangeHistoryFigure(Plot):
@@ -130,7 +131,7 @@ class RangeHistoryFigure(Plot):
         if self._axis.visible:
             theme.set_range(self.figure.extra_y_ranges["clipped"], 0, np.nanmax(clipped) * 1.2 or 1.0)
         share = f", clips {clipped[-1]:.3g} %" if np.isfinite(clipped[-1]) else ""
-        text = f"step {step[-1]:g}: range [{low[-1]:.4g}, {high[-1]:.4g}]{share}"
+        text = f"range [{low[-1]:.4g}, {high[-1]:.4g}]{share} at step {step[-1]:g}"
         self._say(f"{name}: {text}" if name else text)
 
 

@@ -79,6 +79,7 @@ class QATRun:
         if collapsed:
             self.notes.append(f"ranges at their bounds: {', '.join(collapsed[:5])}; they were kept valid")
         self.notes += [f"before epoch {edit.epoch}: {edit}" for edit in self.edits]
+        self.notes += [f"asked for in the last epoch, too late: {edit}" for edit in self.control.waiting]
         sim.qat(None)
         sim.eval()
         return self._report()

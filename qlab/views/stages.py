@@ -48,11 +48,10 @@ class Stages(View):
         self._force = self._button("Force", "thumb-tack", self.force, "keep the stage whatever its score")
         self._cancel = self._button("Cancel", "stop", self.cancel, "end with the best so far")
         self._said, self._steered = ipywidgets.HTML(), ipywidgets.HTML()
-        self._table = ipywidgets.HTML(layout=ipywidgets.Layout(max_height="420px", overflow="auto", flex="3 1 480px"))
+        self._table = ipywidgets.HTML(layout=ipywidgets.Layout(max_height="320px", overflow="auto"))
         self._table.add_class("qlab-report")
         self._figure = decision_tree(stage_table([]), score_name=self._score_name)
         self.pane = BokehPane(self._figure.figure, fallback=self._figure.to_svg, label=self._figure.headline)
-        self.pane.layout.flex, self.pane.layout.min_width = "2 1 420px", "0"
         self._figure.source.selected.on_change("indices", self.guarded(self._clicked))
         self.listen(lab.events.job_published, self._published)
         self.listen(lab.events.job_ended, self._ended)
@@ -60,7 +59,8 @@ class Stages(View):
             _row(self._drop, self._techniques, self._folder, self._start),
             self._said,
             _row(self._stage, self._veto, self._force, self._cancel, self._steered),
-            ipywidgets.HBox([self._table, self.pane], layout=ipywidgets.Layout(flex_flow="row wrap")),
+            self.pane,
+            self._table,
         )
         self._say("Not run yet: find the best combination of techniques for a target, every step in view.")
         self.redraw()
@@ -199,8 +199,12 @@ def _table(frame: pd.DataFrame) -> str:
             row.verdict,
             row.reason,
         )
-        shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        rows.append(f"<tr{' style=font-weight:bold' if row.is_best else ''}>{shown}</tr>")
+        name, *numbers, why = map(escape, cells)
+        shown = f"<td>{f'<b>{name}</b>' if row.is_best else name}</td>" + "".join(
+            f"<td>{cell}</td>" for cell in numbers
+        )
+        shown += f"<td style='white-space:normal;min-width:280px'>{why}</td>"
+        rows.append(f"<tr>{shown}</tr>")
     head = "".join(f'<th scope="col">{name}</th>' for name in _HEAD)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 

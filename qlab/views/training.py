@@ -44,7 +44,8 @@ class Training(View):
             self._button("Freeze", "lock", lambda: self.freeze(), "the layer trains no further from the next epoch on"),
             self._button("Unfreeze", "unlock", lambda: self.freeze(False), "the layer trains again"),
         ]
-        self._curves = training(pd.DataFrame({"step": [], "loss": []}))
+        score_name = "score" if lab.score is None else lab.score.name
+        self._curves = training(pd.DataFrame({"step": [], "loss": []}), score_name=score_name)
         self._range = range_history(pd.DataFrame({"step": [], "low": [], "high": []}))
         self.curves = BokehPane(self._curves.figure, fallback=self._curves.to_svg)
         self.range = BokehPane(self._range.figure, fallback=self._range.to_svg)
@@ -82,6 +83,7 @@ class Training(View):
         """Shows the steps that were taken."""
         rows = [{name: getattr(step, name) for name in _COLUMNS} for step in list(self.steps)]
         frame = pd.DataFrame(rows, columns=_COLUMNS)
+        frame.loc[frame["score"].notna(), "loss"] = None  # the mean of an epoch is no step of the curve
         frame = frame.astype(dict.fromkeys(("loss", "score", "low", "high", "clipped"), float))
         with self.curves.batch():
             self._curves.update(frame)
@@ -135,6 +137,7 @@ class Training(View):
         for part, field in self._bits.items():
             quantizer = None if name is None else getattr(self._lab.sim[name], part)
             field.disabled = control is None or quantizer is None
+            field.layout.display = "none" if quantizer is None else None
             if quantizer is not None:
                 field.value = quantizer.bits
         for button in self._buttons:

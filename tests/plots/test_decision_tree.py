@@ -24,15 +24,27 @@ def test_stages_hold_the_given_numbers_in_order():
     assert np.array_equal(data["score"], FRAME["score"], equal_nan=True)
 
 
-def test_each_edge_runs_from_the_parents_box_down_to_the_childs():
+def test_each_edge_runs_down_from_the_parents_box_and_across_to_the_childs():
     plot = plots.decision_tree(FRAME)
     nodes = pd.DataFrame(dict(plot.source.data)).set_index("stage")
     edges = pd.DataFrame(dict(plot.edges.data))
-    parents, children = nodes.loc[["float", "CLE", "CLE"]], nodes.loc[["CLE", "AdaRound", "QAT"]]
-    assert edges[["x0", "y0"]].to_numpy() == pytest.approx(parents[["x", "bottom"]].to_numpy())
-    assert edges[["x1", "y1"]].to_numpy() == pytest.approx(children[["x", "top"]].to_numpy())
-    assert (edges.y0 > edges.y1).all()
-    assert nodes.x["AdaRound"] != nodes.x["QAT"]
+    down, across = edges.iloc[:3].reset_index(), edges.iloc[3:].reset_index()
+    for i, (parent, child) in enumerate([("CLE", "QAT"), ("float", "CLE"), ("CLE", "AdaRound")]):  # the best on top
+        assert down.y0[i] == pytest.approx(nodes.bottom[parent])
+        assert nodes.left[parent] < down.x0[i] == down.x1[i] == across.x0[i] < nodes.left[child]
+        assert down.y1[i] == across.y0[i] == across.y1[i] == nodes.y[child]
+        assert across.x1[i] == nodes.left[child]
+    assert list(edges.color == plots.theme.ORANGE) == [False, True, True] * 2
+
+
+def test_children_stand_under_their_parent_and_before_what_comes_after_it():
+    frame = pd.DataFrame({"stage": list("abcdef"), "parent": [None, "a", "a", "b", None, "c"], "score": 0.0})
+    nodes = pd.DataFrame(dict(plots.decision_tree(frame.assign(verdict="effective")).source.data)).set_index("stage")
+    assert nodes.y.sort_values(ascending=False).index.tolist() == ["a", "b", "d", "c", "f", "e"]
+    assert (nodes.left.rank(method="dense") - 1).astype(int).to_dict() == dict(
+        zip("abcdef", (0, 1, 1, 2, 0, 2), strict=True)
+    )
+    assert (nodes.top.sort_values().to_numpy()[:-1] < nodes.bottom.sort_values().to_numpy()[1:]).all()  # no overlap
 
 
 def test_every_verdict_has_a_shape_of_its_own():

@@ -37,4 +37,4 @@ def test_a_range_and_its_clipped_share_in_percent():
     frame = pd.DataFrame({"step": [0, 1], "low": [-1.0, -0.5], "high": [1.0, 0.5], "clipped": [0.0, 0.02]})
     plot = plots.range_history(frame, name="fc")
     assert plot.steps.data["clipped"].tolist() == [0.0, 2.0]
-    assert plot.headline == "fc: step 1: range [-0.5, 0.5], clips 2 %"
+    assert plot.headline == "fc: range [-0.5, 0.5], clips 2 % at step 1"

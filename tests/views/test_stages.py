@@ -47,7 +47,7 @@ def test_every_stage_is_shown_while_it_runs_and_the_lab_goes_on_with_the_best(la
     assert len(seen[3]) < len(shown(view))
     assert shown(view) == dict(zip(view.result.stages.stage, view.result.stages.verdict, strict=True))
     assert view._table.value.count("<tr") == len(view.records) + 1
-    assert view._table.value.count("font-weight:bold") == len(view.result.lineage)
+    assert view._table.value.count("<b>") == len(view.result.lineage)
     assert view.result.summary.split(";")[0] in view._said.value
     assert lab.step == 1
     assert float(lab.sim.evaluate(lab.score)) == pytest.approx(view.result.best.score)
