@@ -5,6 +5,7 @@ calls that module again, under the user's name; what remains are functions, name
 The model itself is never changed: capture works on a deep copy.
 """
 
+import keyword
 import operator
 import re
 import warnings
@@ -64,7 +65,13 @@ def capture(model: nn.Module, example: Any, dynamic: Sequence[int] = ()) -> Laye
         program = exported(own, args, kwargs, dynamic)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        flat = program.run_decompositions({}).module(check_guards=False)
+        try:
+            flat = program.run_decompositions({}).module(check_guards=False)
+        except SyntaxError as error:
+            raise CaptureError(
+                f"torch.export cannot write the model as code: {(error.text or '').strip()!r} is no Python. A module "
+                "or parameter is called by a keyword, such as 'in'; rename it."
+            ) from error
     graph = _to_layers(own, flat, program, args, kwargs)
     for layer, value in zip(graph.input_layers, pytree.tree_leaves((args, kwargs)), strict=True):
         layer.example_shape = tuple(value.shape) if isinstance(value, Tensor) else None
@@ -114,6 +121,7 @@ def _to_layers(
         elif node.op == "call_function":
             layer = Layer("", node.target, None, None, _plain_lists(convert["args"]), _plain_lists(kw))
             word = getattr(node.target, "__name__", str(node.target)).split(".")[0].strip("_")
+            word += "_" if keyword.iskeyword(word) else ""
             scope = _scope(node)
             step = root.get_submodule(scope)
             if not isinstance(step, Step):

@@ -41,6 +41,8 @@ class Failure:
 
 def export_failures(model: nn.Module, example: Any, dynamic: Sequence[int], error: CaptureError) -> list[Failure]:
     """The places that keep `model` from being captured; `error` is what capture said, used where there is no place."""
+    if isinstance(error.__cause__, SyntaxError):  # of the code that export writes, not of the user's
+        return [Failure("other", _first_line(error))]
     own = admitted(model)
     args, kwargs = example_arguments(own, example)
     args, kwargs = at_least_two(*on_device_of(own, (args, kwargs)))

@@ -155,6 +155,10 @@ def module_graph(model: nn.Module, example: Any, reason: str) -> ModuleGraph:
     code = Layer(_free("forward", taken), None, None, None, kind=CODE)
     code.dtype = torch.float32
     watched = _watch(own, args, kwargs, modules, inputs, code)
+    before = {id(layer) for layer in (*inputs, code)}
+    for layer in watched.layers.values():  # what a later call of the module takes may come after its first one
+        layer.args = tuple({id(s): s for s in (a if id(a) in before else code for a in layer.args)}.values())
+        before.add(id(layer))
     unseen = [_module_layer(name, module) for module, name in modules.items() if module not in watched.layers]
     for layer in unseen:
         layer.kind, layer.dtype = UNCALLED, torch.float32

@@ -144,3 +144,30 @@ def test_wrappers_are_taken_off_and_said_so():
         assert found.ok
         assert [finding.code for finding in found.where("QL114")] == ["QL114"]
     assert not qlab.validate(model, torch.randn(2, 3)).where("QL114")
+
+
+def test_a_module_called_by_a_keyword_is_told_to_be_renamed():
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"in": nn.Linear(3, 3)})
+
+        def forward(self, x):
+            return self.parts["in"](x)
+
+    (finding,) = qlab.validate(Keyword(), torch.randn(2, 3)).of("error")
+    assert finding.code == "QL107"
+    assert "'in'; rename it" in finding.what
+
+
+def test_a_model_in_distributed_data_parallel_is_taken_out(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(3, 32)))
+        found = qlab.validate(model, torch.randn(2, 3))
+        assert [finding.code for finding in found] == ["QL114"]
+        assert [layer.name for layer in qlab.capture(model, torch.randn(2, 3))] == ["input", "0"]
+    finally:
+        dist.destroy_process_group()

@@ -167,6 +167,18 @@ def test_arguments_and_results_are_the_models():
     assert found["found"].scores.shape == (3, 4)
 
 
+class Between(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where((x > 0) & (x < 1), x, x * 2)
+
+
+def test_functions_called_by_a_keyword_have_a_name_all_the_same():
+    prepared, x = qlab.prepare(Between(), torch.randn(2, 3)), torch.randn(5, 3)
+    assert torch.equal(prepared(x), Between()(x))
+    assert "and_" in dict(prepared.named_modules())
+    assert "and_" in qlab.QuantSim(prepared, torch.randn(2, 3)).graph
+
+
 class Gates(nn.Module):
     def __init__(self) -> None:
         super().__init__()

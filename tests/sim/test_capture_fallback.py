@@ -88,6 +88,23 @@ def test_modules_are_layers_and_what_lies_between_is_said_to_stay_float(sim):
     assert set(sim.coverage()["layer"]) == set(sim.layers) - {"result"}
 
 
+def test_a_module_whose_second_call_takes_a_later_layer_has_one_grid_for_all_calls():
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.relu = nn.Linear(3, 4), nn.Linear(4, 2), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.b(self.relu(self.a(x)))) if x.sum() != 0 else x
+
+    x = torch.randn(4, 3)
+    sim = qlab.QuantSim(Chain(), x, on_capture_failure="modules")
+    sim.calibrate([x])
+    assert [layer.name for layer in sim.graph["relu"].inputs] == ["a", "forward"]
+    assert sim["relu"].role is sim["b"].role is Role.QUANTIZED
+    assert sim(x).shape == (4, 2)
+
+
 def test_off_it_is_the_float_model_bit_for_bit(sim, model, data):
     x = torch.randn(7, 3, 8, 8)
     before = copy.deepcopy(x)
