@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from qlab.export.export import Exported
     from qlab.export.loading import LoadedEncodings
+    from qlab.sim.compiled import CompiledSim
     from qlab.sim.evaluate import Evaluation, Measurement
 
 
@@ -328,6 +329,16 @@ class QuantSim(nn.Module):
         """The sim's result on one batch, labelled or not, without gradient."""
         with torch.no_grad():
             return self.graph.run(self.inputs(batch), self.call if self.quantization_enabled else call_layer)
+
+    def compile(self) -> "CompiledSim":
+        """The sim as it is now, through torch.compile: called as the sim is, for inference; later edits are not seen.
+
+        Its results are those of the sim but for values that lie on the edge of a rounding step, which compiled kernels
+        may round the other way. Raises InputError where there is no C++ compiler.
+        """
+        from qlab.sim.compiled import compiled
+
+        return compiled(self)
 
     def inputs(self, batch: Any) -> list[Any]:
         """The model's flat inputs of one batch, on the sim's device."""
