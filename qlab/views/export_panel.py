@@ -80,15 +80,15 @@ class ExportPanel(View):
         self.compared: pd.DataFrame | None = None
         self._jobs: list[Job] = []
         self._moment: Moment = ()
-        self._path = _text(path, "path", 32, 330)
+        self._path = _text(path, "path", 40, 330)
         self._path.tooltip = "folder and name, without a suffix"
         self._encodings = ipywidgets.Dropdown(options=list(VERSIONS), description="encodings")
         self._encodings.value = "1.0.0"
-        self._encodings.style.description_width, self._encodings.layout.width = "66px", "160px"
+        self._encodings.style.description_width, self._encodings.layout.width = "76px", "170px"
         self._formats = {name: _box(name, name != "program", 110) for name in FORMATS}
         self._layers = _box("every layer", False, 110)
         self._optimised = _box("integer kernels", True, 130)
-        self._other = _text("", "other", 32, 330)
+        self._other = _text("", "other", 40, 330)
         self._other.placeholder = "a Q/DQ model (.onnx) or an encodings file"
         self._said, self._files, self._target, self._compared = (ipywidgets.HTML() for _ in range(4))
         for table in (self._files, self._target, self._compared):
