@@ -27,6 +27,7 @@ from qlab.sim import Evaluation, Measurement, QuantSim, Role
 from qlab.sim.batches import Batches
 from qlab.sim.evaluate import Score, evaluation_of, predictions
 
+_SHARES = {"identical", "top_1"}
 _LATENCY_ROUNDS = 7
 _LATENCY_S = 1.0  # stop repeating after this
 
@@ -262,16 +263,23 @@ def _notes(sim: QuantSim, file: Path, optimised: bool) -> list[str]:
 
 
 def _table(frame: pd.DataFrame) -> str:
+    frame = _readable(frame)
     head = "".join(f'<th scope="col">{html.escape(str(name).replace("_", " "))}</th>' for name in frame.columns)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in row) + "</tr>"
+        "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>"
         for row in frame.itertuples(index=False)
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _text(frame: pd.DataFrame) -> str:
-    return frame.map(_cell).to_string(index=False)
+    return _readable(frame).to_string(index=False)
+
+
+def _readable(frame: pd.DataFrame) -> pd.DataFrame:
+    """All cells as texts, shares as percentages."""
+    shares = {name: frame[name].map("{:.2%}".format).replace("nan%", None) for name in _SHARES & {*frame.columns}}
+    return frame.assign(**shares).map(_cell)
 
 
 def _cell(value: Any) -> str:

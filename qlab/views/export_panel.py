@@ -33,10 +33,11 @@ class Export:
     path: str
     encodings: str
     formats: tuple[str, ...]
+    weights: str = "float"
 
     def measure(self, sim: QuantSim, batches: Any, score: Any, progress: Progress) -> Exported:
         """The files written; data and score are not asked."""
-        return sim.export(self.path, self.encodings, formats=self.formats, progress=progress)
+        return sim.export(self.path, self.encodings, self.weights, self.formats, progress)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class ExportPanel(View):
         self._encodings.value = "1.0.0"
         self._encodings.style.description_width, self._encodings.layout.width = "76px", "170px"
         self._formats = {name: _box(name, name != "program", 110) for name in FORMATS}
+        self._integers = _box("integer weights", False, 130)
         self._layers = _box("every layer", False, 110)
         self._optimised = _box("integer kernels", True, 130)
         self._other = _text("", "other", 40, 330)
@@ -97,8 +99,9 @@ class ExportPanel(View):
         self.listen(lab.events.job_started, self._started)
         self.listen(lab.events.job_ended, self._ended)
         self.listen(lab.events.history_changed, self._say)
+        boxes = (*self._formats.values(), self._integers)
         self.display(
-            _row(self._path, self._encodings, *self._formats.values(), self._button("Export", "download", self.export)),
+            _row(self._path, self._encodings, *boxes, self._button("Export", "download", self.export)),
             self._said,
             self._files,
             _row(self._layers, self._optimised, self._button("Check on target", "microchip", self.check)),
@@ -114,7 +117,8 @@ class ExportPanel(View):
         formats = tuple(name for name, box in self._formats.items() if box.value)
         if not path or not formats:
             raise ValueError("an export needs a path, and at least one kind of file.")
-        return self._start(Export(path, self._encodings.value, formats))
+        weights = "integer" if self._integers.value else "float"
+        return self._start(Export(path, self._encodings.value, formats, weights))
 
     def check(self) -> Job:
         """Starts running the exported file on target; raises ValueError without a path."""

@@ -1,5 +1,6 @@
 """The panel writes what `sim.export` writes, says so, and shows why where it cannot."""
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -26,6 +27,17 @@ def test_it_writes_the_encodings_of_the_version_chosen(lab, tmp_path):
     assert str(tmp_path / "panel.encodings") in view._files.value
     lab.set("0", "weight", bits=4)
     assert "changed since" in view._said.value
+    view.close()
+
+
+def test_integer_weights_are_written_where_asked_for(lab, tmp_path):
+    view = ExportPanel(lab, str(tmp_path / "panel"))
+    view._formats["encodings"].value = view._formats["safetensors"].value = False
+    view._integers.value = True
+    view.export().result()
+    types = {i.name: i.data_type for i in onnx.load(tmp_path / "panel.onnx").graph.initializer}
+    assert types["0.weight_q"] == onnx.TensorProto.INT8
+    assert "0.weight" not in types
     view.close()
 
 
