@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import pandas as pd
@@ -55,12 +56,22 @@ class Diagnosis:
         lines = [f"{self.layer}: SQNR {self.sqnr:.1f} dB ({shares or 'no error'})", f"  {self.cause}"]
         return "\n".join(lines + [f"  {fix.predicted_gain:+6.2f} dB  {fix.label}" for fix in self.fixes])
 
-    def _repr_html_(self) -> str:
-        from html import escape
+    def to_html(self) -> str:
+        """The cause in a sentence and the parts as a table, every name escaped."""
+        rows = "".join(
+            f"<tr><td>{row.part}</td><td style='{_bar(row.share)}'>{row.share:.1%}</td>"
+            f"<td>{row.share_error:.1%}</td><td>{row.sqnr:.1f}</td></tr>"
+            for row in self.parts.assign(share=self.parts.share.round(4) + 0.0).itertuples(index=False)  # no -0.0%
+            if row.mse
+        )
+        head = "".join(f'<th scope="col">{name}</th>' for name in ("part of the error", "share", "±", "SQNR [dB]"))
+        return (
+            f"<p><b>{escape(self.layer)}</b>: SQNR {self.sqnr:.1f} dB. {escape(self.cause)}</p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        )
 
-        parts = self.parts.to_html(index=False, float_format=lambda v: f"{v:.3g}", border=0)
-        fixes = self.table.to_html(index=False, float_format=lambda v: f"{v:.2f}", border=0)  # pandas escapes cells
-        return f"<p><b>{escape(self.layer)}</b>: SQNR {self.sqnr:.1f} dB. {escape(self.cause)}</p>{parts}{fixes}"
+    def _repr_html_(self) -> str:
+        return self.to_html() + f"<ol>{''.join(f'<li>{fix.to_html()}</li>' for fix in self.fixes)}</ol>"
 
 
 def diagnose(
@@ -93,6 +104,12 @@ def diagnose(
         fixes = Trials(sim, data, max_bytes).tried(possible_fixes(group, shares), progress)
     names = tuple(step.name for step in group.layers)
     return Diagnosis(layer, names, sqnr, parts, tuple(causes), tuple(filter(_helps, fixes)))
+
+
+def _bar(share: float) -> str:
+    """The style of a cell that is filled to `share`."""
+    percent = 100 * min(max(share, 0.0), 1.0)
+    return f"background:linear-gradient(to right, rgba(213,94,0,.3) {percent:.1f}%, transparent 0)"
 
 
 def _helps(fix: Fix) -> bool:

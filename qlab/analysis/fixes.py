@@ -5,6 +5,7 @@ import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ class Fix:
         if self.verb == "run":
             return lab.start(self.technique())
         return getattr(lab, self.verb)(**self.arguments)
+
+    def to_html(self) -> str:
+        """What it is and what it gains, in one line, escaped."""
+        error = "" if math.isnan(self.gain_error) else f" ± {self.gain_error:.2f}"
+        gain = f"{self.predicted_gain:+.2f}{error} dB of the result"
+        return f"{escape(self.label)} <small class='qlab-quiet'>{gain}</small>"
 
     def technique(self) -> Any:
         """The technique that a 'run' fix runs."""

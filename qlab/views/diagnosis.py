@@ -81,7 +81,8 @@ class Diagnosis(View):
         """Shows the last diagnosis."""
         found = self.diagnosis
         if found is not None:
-            self._found.value = _page(found)
+            nothing = "" if found.fixes else "<p>No fix that was tried helps by more than its own error.</p>"
+            self._found.value = found.to_html() + nothing
             earlier, self._fixes.children = self._fixes.children, self._rows(found.fixes)
             for row in earlier:
                 close_all(row)
@@ -89,7 +90,7 @@ class Diagnosis(View):
 
     def to_html(self) -> str:
         """The last diagnosis."""
-        fixes = "" if self.diagnosis is None else "".join(f"<li>{_told(fix)}</li>" for fix in self.diagnosis.fixes)
+        fixes = "" if self.diagnosis is None else "".join(f"<li>{fix.to_html()}</li>" for fix in self.diagnosis.fixes)
         return f"{self._said.value}{self._found.value}<ul>{fixes}</ul>"
 
     def _rows(self, fixes: tuple[Fix, ...]) -> list[ipywidgets.HBox]:
@@ -99,7 +100,7 @@ class Diagnosis(View):
                 description="Apply", icon="wrench", tooltip=fix.label, layout=ipywidgets.Layout(width="86px")
             )
             button.on_click(self.guarded(lambda _, number=number: self.fix(number)))
-            told = ipywidgets.HTML(_told(fix))
+            told = ipywidgets.HTML(fix.to_html())
             rows.append(ipywidgets.HBox([button, told], layout=ipywidgets.Layout(align_items="center")))
         return rows
 
@@ -121,29 +122,3 @@ class Diagnosis(View):
         is_stale = self.diagnosis is not None and self._moment != moment_of(self._lab)
         stale = "; what is shown is of an earlier state" if is_stale else ""
         self._said.value = f"<span class='qlab-quiet' role='status'>{escape(layer + stale)}</span>"
-
-
-def _page(found: why.Diagnosis) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(row.part)}</td><td style='{_bar(row.share)}'>{row.share + 0.0:.1%}</td>"
-        f"<td>{row.share_error:.1%}</td><td>{row.sqnr:.1f}</td></tr>"
-        for row in found.parts.round({"share": 4}).itertuples(index=False)
-        if row.mse
-    )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("part of the error", "share", "±", "SQNR [dB]"))
-    nothing = "" if found.fixes else "<p>No fix that was tried helps by more than its own error.</p>"
-    return (
-        f"<p><b>{escape(found.layer)}</b>: SQNR {found.sqnr:.1f} dB. {escape(found.cause)}</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{nothing}"
-    )
-
-
-def _bar(share: float) -> str:
-    """The style of a cell that is filled to `share`."""
-    percent = 100 * min(max(share, 0.0), 1.0)
-    return f"background:linear-gradient(to right, rgba(213,94,0,.3) {percent:.1f}%, transparent 0)"
-
-
-def _told(fix: Fix) -> str:
-    error = f" ± {fix.gain_error:.2f}" if fix.gain_error == fix.gain_error else ""
-    return f"{escape(fix.label)} <small class='qlab-quiet'>{fix.predicted_gain:+.2f}{error} dB of the result</small>"
