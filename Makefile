@@ -1,6 +1,8 @@
 # make lab    sets up .venv and opens JupyterLab on the first tutorial   (ARGS="--no-browser --port 8899")
 # make test   sets up .venv and runs every check; each step is a target of its own
+# make docs   builds the guide into site/, strictly
 # make notebooks    runs all notebooks and stores their outputs
+# make binder       installs what Binder is told to, in an environment of its own, and runs the tour there
 # CPU=1       installs PyTorch from its CPU wheels: a much smaller download
 
 PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -9,13 +11,16 @@ INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 BIN := .venv/bin
 READY := .venv/.ready
 ONE_THREAD := OMP_NUM_THREADS=1
+OFFLINE := PYTHONPATH=tests/notebooks/offline
+NBVAL := QLAB_BARS=0 $(OFFLINE) $(ONE_THREAD)
+NBVAL_OPTIONS := --nbval-sanitize-with tests/nbval_sanitize.cfg
 
-.PHONY: lab test notebooks lint types contracts unit notebooks-test browser
+.PHONY: lab test notebooks lint types contracts unit docs notebooks-test browser binder
 
 lab: $(READY)
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(firstword $(sort $(wildcard notebooks/*.ipynb))) $(ARGS)
 
-test: lint types contracts unit notebooks-test browser
+test: lint types contracts unit docs notebooks-test browser
 .NOTPARALLEL:
 
 lint: $(READY)
@@ -31,15 +36,29 @@ contracts: $(READY)
 unit: $(READY)
 	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadfile -m "not browser"
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(OFFLINE) $(BIN)/mkdocs build --strict --quiet
+
+# every notebook, its outputs compared, with networking refused
 notebooks-test: $(READY)
-	$(if $(wildcard notebooks/*.ipynb),$(ONE_THREAD) $(BIN)/pytest --nbval notebooks --nbval-sanitize-with tests/nbval_sanitize.cfg)
+	$(NBVAL) $(BIN)/pytest --nbval notebooks $(NBVAL_OPTIONS)
 
 # runs every notebook and stores its outputs, without widget state: what a reader sees before running anything
 notebooks: $(READY)
-	$(ONE_THREAD) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False notebooks/*.ipynb
+	$(BIN)/python tests/notebooks/refresh.py
 
 browser: $(READY)
 	$(if $(wildcard tests/browser/test_*.py),$(ONE_THREAD) $(BIN)/pytest -m browser tests/browser)
+
+# the steps of binder/, in a fresh environment: no CUDA in it, and the notebook that Binder opens runs
+binder:
+	rm -rf .binder
+	$(PYTHON) -m venv .binder
+	.binder/bin/python -m pip install --quiet --requirement binder/requirements.txt
+	PATH="$(CURDIR)/.binder/bin:$$PATH" bash binder/postBuild
+	! .binder/bin/python -m pip list | grep -i nvidia
+	.binder/bin/python -m pip install --quiet nbval --constraint constraints.txt
+	$(NBVAL) .binder/bin/python -m pytest -c /dev/null --rootdir . --nbval notebooks/00_tour.ipynb $(NBVAL_OPTIONS)
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "qlab needs Python 3.11 or newer as python3 on PATH; none was found. Install it and run make again."; exit 1; }
