@@ -54,7 +54,7 @@ browser: $(READY)
 binder:
 	rm -rf .binder
 	$(PYTHON) -m venv .binder
-	.binder/bin/python -m pip install --quiet --requirement binder/requirements.txt
+	PIP_RETRIES=1 .binder/bin/python -m pip install --quiet --requirement binder/requirements.txt
 	PATH="$(CURDIR)/.binder/bin:$$PATH" bash binder/postBuild
 	! .binder/bin/python -m pip list | grep -i nvidia
 	.binder/bin/python -m pip install --quiet nbval --constraint constraints.txt

@@ -101,6 +101,23 @@ def test_what_the_page_on_extending_shows_works():
                 del registry[name]
 
 
+def test_badges_open_what_there_is_and_are_replaced_not_added():
+    badges = module("badges")
+    names = [path.stem for path in sorted((REPOSITORY / "notebooks").glob("*.ipynb"))]
+    for page, text in (
+        ("README.md", badges.binder("someone/qlab", "v1")),
+        ("docs/tutorials.md", badges.colab("someone/qlab", "v1", names)),
+    ):
+        once = badges.placed((REPOSITORY / page).read_text(encoding="utf-8"), text)
+        assert once.count(text) == 1
+        assert badges.placed(once, text) == once
+        opened = re.findall(r"\]\(https://\S*?(notebooks/\w+\.ipynb)\)", text)
+        assert opened
+        assert all((REPOSITORY / path).exists() for path in opened)
+    assert "someone/qlab/v1?urlpath=lab/tree/notebooks/00_tour.ipynb" in badges.binder("someone/qlab", "v1")
+    assert "%pip install -q git+https://github.com/someone/qlab@v1" in badges.colab("someone/qlab", "v1", names)
+
+
 @pytest.mark.slow
 def test_the_site_is_built_strictly_and_names_nothing_of_the_network(tmp_path: Path):
     pytest.importorskip("material")
