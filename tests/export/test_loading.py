@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import random
 
 import pytest
 import torch
@@ -272,6 +273,50 @@ def test_a_bad_file_is_refused_with_a_sentence_and_nothing_is_applied(tmp_path, 
     with pytest.raises(InputError, match=sentence) as error:
         load_of(tmp_path, content)
     assert str(error.value).endswith((".", "?"))
+
+
+STRANGE = [None, True, -1, 0, 1e300, 2**70, "", "x", "True", [], [1], [[1.0]], {}, {"0": {}}, {"bitwidth": 8}]
+
+
+def damaged(text, generator):
+    """The file with one value of its JSON replaced, one key renamed, or a stretch of its text cut out or doubled."""
+    if generator.random() < 0.3:
+        start, end = sorted(generator.choices(range(len(text)), k=2))
+        return text[:start] + text[end:] if generator.random() < 0.5 else text[:end] + text[start:]
+    content = json.loads(text)
+    part = content
+    for _ in range(generator.randint(1, 6)):
+        key = generator.choice(list(part) if isinstance(part, dict) else range(len(part)))
+        if isinstance(part[key], (dict, list)) and part[key] and generator.random() < 0.8:
+            part = part[key]
+            continue
+        if isinstance(part, dict) and generator.random() < 0.3:
+            part[generator.choice(["", "scale", "name", key + "_"])] = part.pop(key)
+        else:
+            part[key] = generator.choice(STRANGE)
+        break
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_damaged_anywhere_is_taken_whole_or_refused_whole(tmp_path, reference_sim, form):
+    sim = reference_sim("per_channel")
+    sim.calibrate([recorded()["input"]])
+    text = recorded_file("per_channel", form).read_text()
+    generator, sentences = random.Random(0), []
+    path = tmp_path / "damaged.encodings"
+    before = everything(sim)
+    for _ in range(60):
+        path.write_text(damaged(text, generator))
+        try:
+            sim.load_encodings(path, names=NAMES.get(form))
+        except (InputError, UnknownLayer) as error:
+            sentences.append(str(error).rstrip())
+            assert same(before, everything(sim)), "a refused file changed the sim"
+        before = everything(sim)
+        sim.output(recorded()["input"])
+    assert len(sentences) > 20
+    assert all(sentence.endswith((".", "?")) for sentence in sentences)
 
 
 def test_a_huge_file_is_refused_unread(tmp_path):

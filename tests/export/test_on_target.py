@@ -74,11 +74,11 @@ def test_a_sim_that_computes_in_float_is_told_from_one_that_computes_as_the_targ
 
 def test_a_kernel_that_rounds_differently_is_named_and_layers_after_it_are_not(exported):
     """Softmax lies on steps of 1/255 here, where its integer kernel multiplies by 254."""
-    sim = sim_of("encoder", qlab.presets.w8a8(int32_bias=True))
-    _, path = exported("encoder", True)
+    sim = sim_of("vit", qlab.presets.w8a8(int32_bias=True))
+    _, path = exported("vit", True)
     path = path.with_name("other.onnx")
     sim.export(path.with_suffix(""), formats=["onnx"])
-    result = qlab.on_target(sim, path, network("encoder").test, layers=True)
+    result = qlab.on_target(sim, path, network("vit").test, layers=True)
     assert result.kernels["kernel"].iloc[0] == "QLinearSoftmax"
     assert result.kernels["first"].iloc[0] == "blocks.0.attention.softmax"
     assert "QLinearSoftmax" in repr(result)
@@ -138,6 +138,54 @@ def test_a_file_exported_before_a_change_is_told(exported):
     result = qlab.on_target(changed, path, network("mobilenet").test[:1])
     assert "'stem.relu'" in result.notes[0]
     assert not qlab.on_target(sim, path, network("mobilenet").test[:1]).notes
+
+
+class TwoOfEach(nn.Module):
+    """Two inputs; results in a dict: one on a grid, one of integers, one twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 6), nn.Linear(5, 6)
+
+    def forward(self, a, b):
+        logits = self.left(a) + self.right(b)
+        return {"logits": logits, "class": logits.argmax(-1), "again": (logits, None)}
+
+
+def test_several_inputs_and_results_in_the_models_own_structure(tmp_path):
+    torch.manual_seed(0)
+    batches = [{"a": torch.randn(8, 4), "b": torch.randn(8, 5), "labels": torch.zeros(8).long()} for _ in range(2)]
+    sim = qlab.QuantSim(TwoOfEach(), batches[0], qlab.presets.onnxruntime())
+    sim.calibrate(batches)
+    sim.export(tmp_path / "m", formats=["onnx"])
+    seen = []
+
+    def score(model):
+        seen.append(model(batches[0]["a"], batches[0]["b"]))
+        return 1.0
+
+    result = qlab.on_target(sim, tmp_path / "m.onnx", batches, score=score, layers=True)
+    assert list(result.outputs["values"]) == [96, 16, 96]
+    assert (result.outputs["identical"] > 0.9).all()
+    simulated, on_target = seen[1], seen[2]
+    assert on_target.keys() == simulated.keys()
+    assert on_target["again"][1] is None
+    assert torch.equal(on_target["class"], on_target["logits"].argmax(-1))
+    assert torch.equal(on_target["again"][0], on_target["logits"])
+
+
+def test_a_cancelled_check_leaves_the_sim_as_it_was(exported):
+    sim, path = exported("mobilenet", True)
+
+    class Cancelling:
+        def step(self, done, total, text=""):
+            raise qlab.errors.Cancelled("enough")
+
+    sim.train()
+    with pytest.raises(qlab.errors.Cancelled):
+        qlab.on_target(sim, path, network("mobilenet").test, progress=Cancelling())
+    assert sim.training
+    sim.eval()
 
 
 @pytest.mark.parametrize(
