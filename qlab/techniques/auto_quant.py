@@ -68,7 +68,7 @@ class AutoQuant(Technique):
     stop_at_target: bool = setting(True, "end as soon as the target is met")
     on_cancel: str = setting("best", "when cancelled: return the best so far, or raise", choices=("best", "raise"))
     resume_dir: str | None = setting(None, "a folder of finished stages, from which a rerun goes on")
-    save_dir: str | None = setting(None, "a folder for the model, its encodings and the report")
+    save_dir: str | None = setting(None, "a folder for the model, its encodings and the report, with a check on target")
     veto: Any = setting((), "stages, or techniques, to leave out", hidden=True)  # noqa: RUF009
     force: Any = setting((), "stages, or techniques, to keep whatever their score", hidden=True)  # noqa: RUF009
     max_stages: int | None = setting(None, "end with the best of the first so many stages", minimum=1, hidden=True)
@@ -147,7 +147,7 @@ class AutoQuant(Technique):
         result = run.result()
         if self.save_dir is not None:
             try:
-                result.save(self.save_dir)
+                result.save(self.save_dir, data)
             except Exception as error:  # noqa: BLE001  the note shows it, and the result is not lost
                 told = f"not everything could be saved in {self.save_dir}: {type(error).__name__}: {error}"
                 result = replace(result, notes=(*result.notes, told))

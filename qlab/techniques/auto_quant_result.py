@@ -64,20 +64,27 @@ class AutoQuantResult(Report):
 
         return decision_tree(self.stages, score_name=self.score_name, target=self.target)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str], batches: Any = None) -> Path:
         """Writes the exported model with its encodings, sim.safetensors and report.html into `folder`.
 
-        Everything is written beside first and then renamed into place, file by file. Raises InputError where the folder
-        cannot be written or there is no sim to save, and what the export raises, once the rest is saved.
+        batches: where given, the exported file runs on them in ONNX Runtime, and the report says how far that is from
+        the sim. Everything is written beside first and then renamed into place, file by file. Raises InputError where
+        the folder cannot be written or there is no sim to save, and what the export raises, once the rest is saved.
         """
         sim, target = self._found(), require_writable(folder)
         beside = Path(tempfile.mkdtemp(dir=target, prefix=".", suffix=".part"))
         try:
             sim.save(beside / "sim.safetensors")
-            self._write_report(beside / "report.html")
+            told: list[Any] = []
             try:
                 sim.export(beside / "model")
+                if batches is not None:
+                    told = _on_target(sim, beside / "model.onnx", batches)
+            except Exception as error:
+                told = [f"{type(error).__name__}: {error}"]
+                raise
             finally:  # what cannot be exported can still be loaded and read about
+                self._write_report(beside / "report.html", told)
                 for file in sorted(beside.iterdir()):
                     file.replace(target / file.name)
         finally:
@@ -109,7 +116,7 @@ class AutoQuantResult(Report):
             raise InputError(f"AutoQuant found no sim: {self.summary}")
         return self.sim
 
-    def _write_report(self, path: Path) -> None:
+    def _write_report(self, path: Path, on_target: list[Any]) -> None:
         from qlab.plots.report import Section, save_html
 
         sim = self._found()
@@ -117,7 +124,17 @@ class AutoQuantResult(Report):
             Section("Outcome", ("\n\n".join([self.summary, *self.notes]),)),
             Section("Stages", (self.plot(), self.stages)),
             *([Section("Findings", (self.findings.to_pandas(),))] if self.findings else []),
+            *([Section("On target", on_target)] if on_target else []),
             Section("Quantizers", (sim.to_pandas(),)),
             Section("Coverage", (sim.coverage(),)),
         ]
         save_html(path, "AutoQuant", sections)
+
+
+def _on_target(sim: QuantSim, path: Path, batches: Any) -> list[Any]:
+    """What ONNX Runtime makes of the exported file, for a section of the report."""
+    from qlab.export.on_target import on_target  # ONNX Runtime takes a while to load
+
+    found = on_target(sim, path, batches)
+    sentence = f"{found.runtime}: {found.identical:.2%} of the result's integers are the sim's."
+    return ["\n\n".join([sentence, *found.notes]), found.outputs, found.summary]

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -433,6 +434,12 @@ def test_the_result_is_saved_whole_with_one_report(sim, tmp_path):
     assert {"model.onnx", "model.encodings"} <= {file.name for file in target.iterdir()}
     page = (target / "report.html").read_text()
     assert "CrossLayerEqualization" in page
+    assert "ONNX Runtime" in page
+    assert not result.notes
+    run = onnxruntime.InferenceSession(str(target / "model.onnx"), providers=["CPUExecutionProvider"])
+    (there,) = run.run(None, {run.get_inputs()[0].name: data()[0].numpy()})
+    step = float(result.sim["8"].output.encoding.scale)
+    assert abs(torch.from_numpy(there) - result.sim.output(data()[0])).max() < 3 * step
     assert not [file for file in target.iterdir() if file.name.startswith(".")]
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write into"):
