@@ -75,7 +75,12 @@ class DecisionTreeFigure(Plot):
             line_color="color",
             line_width=2,
         )
-        ink = {"source": self.source, "text_color": theme.NEUTRAL, "text_font": {"value": theme.FONT}, "y_offset": 5}
+        ink = {
+            "source": self.source,
+            "text_color": theme.NEUTRAL,
+            "text_font": {"value": theme.FONT},
+            "text_baseline": "middle",
+        }
         bold = {"text_font_size": "12px", "text_font_style": "bold"}
         figure.text("left", "y", text="name", x_offset=28, **bold, **ink)
         figure.text("right", "y", text="text", x_offset=-8, text_align="right", text_font_size="11px", **ink)

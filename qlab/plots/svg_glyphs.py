@@ -207,7 +207,8 @@ def _texts(frame: Frame, renderer: GlyphRenderer) -> list[str]:
     size = int(glyph.text_font_size.removesuffix("px"))
     weight = "bold" if glyph.text_font_style == "bold" else ""
     rows = [i for i in _within(frame, xs, xs, ys, ys) if words[i]]
-    return [svg.text(xs[i], ys[i] + size / 3, words[i], anchor="middle", size=size, weight=weight) for i in rows]
+    anchor = {"left": "start", "center": "middle", "right": "end"}[glyph.text_align]
+    return [svg.text(xs[i], ys[i] + size / 3, words[i], anchor=anchor, size=size, weight=weight) for i in rows]
 
 
 _DRAWERS: dict[str, Callable] = {

@@ -1,5 +1,7 @@
 """The tree joins each stage to its parent and shows verdicts by word, shape and colour."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -52,6 +54,15 @@ def test_every_verdict_has_a_shape_of_its_own():
     data = plots.decision_tree(FRAME).source.data
     assert data["text"][3] == "failed"
     assert data["marker"][2] == VERDICTS["target met"][0]
+
+
+def test_the_static_picture_puts_words_where_the_live_one_does():
+    picture = plots.decision_tree(FRAME).to_svg()
+    name, verdict = (re.search(rf"<text ([^>]*)>{words}<", picture)[1] for words in ("AdaRound", r"0\.9000 target met"))
+    assert "text-anchor" not in name  # from the mark to the right
+    assert 'text-anchor="end"' in verdict
+    left, right = (float(re.search(r'x="([\d.]+)"', place)[1]) for place in (name, verdict))
+    assert left < 120 < 600 < right
 
 
 def test_the_best_score_is_that_of_a_kept_stage():

@@ -484,10 +484,18 @@ def test_the_rescaled_mobilenet_at_4_bits_per_tensor_is_no_worse_than_each_techn
     model = qlab.examples.rescale(qlab.examples.mobilenet(), (0.03, 30.0))
     sim = qlab.QuantSim(model, calibration[0], qlab.presets.w4a8())
     sim.calibrate(calibration)
-    result = qlab.AutoQuant(stop_at_target=False).apply(sim, calibration, score=score)
-    singles = (qlab.BatchNormFolding(), qlab.CrossLayerEqualization(), qlab.BiasCorrection(), qlab.AdaRound())
+    noise = qlab.SQNR(digits.test)
+    result = qlab.AutoQuant(stop_at_target=False, within_error=True).apply(sim, calibration, score=score)
+    singles = (
+        qlab.BatchNormFolding(), qlab.CrossLayerEqualization(), qlab.BiasCorrection(), qlab.AdaRound(), qlab.GPTQ(),
+        qlab.SequentialMSE(),
+    )  # fmt: skip
     assert any("AdaRound" in stage for stage in result.stages.stage)
+    reached, accuracy = float(result.sim.evaluate(noise)), result.sim.evaluate(score)
+    assert reached == pytest.approx(result.best.sqnr)
     for technique in singles:
         alone = copy.deepcopy(sim)
         technique.apply(alone, calibration)
-        assert float(result.sim.evaluate(score)) >= float(alone.evaluate(score))
+        assert reached >= float(alone.evaluate(noise)), technique
+        other = alone.evaluate(score)
+        assert float(accuracy) >= float(other) - accuracy.standard_error, technique
