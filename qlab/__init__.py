@@ -44,6 +44,7 @@ _LATER: dict[str, tuple[str, str | None]] = {
     "QuantAnalyzer": ("qlab.analysis", "QuantAnalyzer"),
     "SequentialMSE": ("qlab.techniques", "SequentialMSE"),
     "Steering": ("qlab.techniques", "Steering"),
+    "TrainingControl": ("qlab.techniques", "TrainingControl"),
     "compare_encodings": ("qlab.export.compare_encodings", "compare_encodings"),
     "on_target": ("qlab.export.on_target", "on_target"),
     "views": ("qlab.views", None),

@@ -27,9 +27,9 @@ class QAT(Technique):
     1.5 to 2 times that of float training. `apply(sim, labelled)` takes batches of (x, y); without labels only
     `distill` can train. The sim stays in float where a quantizer is off. `loss` may be any function of (result,
     labels). A layer can be frozen or given other bits between epochs: by `edits`, such as (2, "fc", "weight.bits", 8)
-    before the second epoch or (3, "stem.conv", "frozen", True); by a person through a `TrainingControl` while it runs;
-    or by `between_epochs(sim, epoch)`, called before each epoch, the first being 0. After a change of bits the best
-    epoch is chosen among those that follow.
+    before the second epoch or (3, "stem.conv", "frozen", True); by a person through a `qlab.TrainingControl` while it
+    runs; or by `between_epochs(sim, epoch)`, called before each epoch, the first being 0. After a change of bits the
+    best epoch is chosen among those that follow.
     """
 
     needs_labels: ClassVar[bool] = True
