@@ -48,7 +48,7 @@ class Findings(View):
         self._start = ipywidgets.Button(description="Validate", icon="check-square-o", button_style="primary")
         self._start.on_click(self.guarded(lambda _: self.validate()))
         self._shown = ipywidgets.Dropdown(
-            description="Show", options={"all": None, **{f"{s.value}s": s for s in Severity}}
+            description="Show", options={"all": tuple(Severity), **{f"{s.value}s": (s,) for s in Severity}}
         )
         self._shown.style.description_width, self._shown.layout.width = "44px", "170px"
         self._shown.observe(self.guarded(lambda _: self.redraw_soon()), "value")
@@ -80,7 +80,7 @@ class Findings(View):
         return self._said.value if self.findings is None else self.findings._repr_html_()
 
     def _chosen(self) -> list[Finding]:
-        return [f for f in self.findings or () if self._shown.value in (None, f.severity)]
+        return [f for f in self.findings or () if f.severity in self._shown.value]
 
     def _row(self, finding: Finding) -> ipywidgets.HBox:
         layers = self._layers(finding)

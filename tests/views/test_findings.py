@@ -88,7 +88,7 @@ def test_one_severity_is_shown_alone(lab):
     found = Found([Finding("QL1", s, None, "", s.value, "", "") for s in Severity])
     view = Findings(lab, found)
     assert len(view._rows.children) == 3
-    view._shown.value = Severity.WARNING
+    view._shown.label = "warnings"
     (row,) = view._rows.children
     assert "warning" in row.children[1].value
     view.close()
