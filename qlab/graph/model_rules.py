@@ -173,7 +173,8 @@ def tied_weights(subject: Subject) -> Iterator[Note]:
     Severity.WARNING,
     "Dropout as a function is frozen",
     "The graph is captured in eval mode, where this dropout does nothing: it stays off in quantization-aware training.",
-    "Make it a module: self.dropout = nn.Dropout(p) in the constructor, self.dropout(x) in forward.",
+    "Make it a module: self.dropout = nn.Dropout(p) in the constructor, self.dropout(x) in forward; "
+    "qlab.prepare(model, example) does so.",
 )
 def frozen_dropout(subject: Subject) -> Iterator[Note]:
     """F.dropout(x, p, training=self.training) and its kin; dropout inside attention and recurrent layers."""

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field, replace
 
+from qlab.errors import SpecError
 from qlab.quantization import PER_CHANNEL, PER_TENSOR, QuantSpec, Scheme
 
 SUPERGROUPS: tuple[tuple[str, ...], ...] = tuple(
@@ -124,6 +125,13 @@ def from_aimet(
     from qlab.sim.aimet_config import preset_of_config
 
     return preset_of_config(path, output_bits, weight_bits, rule)
+
+
+def checked(preset: Preset | None) -> Preset:
+    """The preset, 8 bits where there is none; raises SpecError for anything else."""
+    if not isinstance(preset, Preset | None):
+        raise SpecError(f"preset must be a Preset such as qlab.presets.w8a8(); got {preset!r}.")
+    return preset or w8a8()
 
 
 def _preset(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qlab.errors import SpecError, UnknownLayer, nearest
+from qlab.errors import UnknownLayer, nearest
 from qlab.graph import Layer, call_layer, captured
 from qlab.graph.kinds import WEIGHTED
 from qlab.mapped import mapped_twins
@@ -24,7 +24,7 @@ from qlab.sim.batches import flat_inputs
 from qlab.sim.integer_kernels import integer_kernel
 from qlab.sim.log import LogEntry, Marks
 from qlab.sim.placement import Placed, Role, matches_glob, place
-from qlab.sim.presets import Preset, w8a8
+from qlab.sim.presets import Preset, checked
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -115,9 +115,7 @@ class QuantSim(nn.Module):
         on_capture_failure: str = "raise",
     ) -> None:
         super().__init__()
-        if not isinstance(preset, Preset | None):
-            raise SpecError(f"preset must be a Preset such as qlab.presets.w8a8(); got {preset!r}.")
-        self.preset = preset or w8a8()
+        self.preset = checked(preset)
         self.graph = captured(model, example, dynamic, on_capture_failure)
         self.origin = uuid.uuid4().hex
         self._install(self.graph.root)

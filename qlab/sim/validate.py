@@ -23,7 +23,7 @@ from qlab.graph.model_rules import rules as model_rules
 from qlab.graph.validate import check_model
 from qlab.quantization import PER_TENSOR
 from qlab.sim.placement import RECURRENT, Placed, Role, place
-from qlab.sim.presets import Preset, w8a8
+from qlab.sim.presets import Preset, checked
 
 rules = Rules()
 
@@ -37,9 +37,9 @@ def validate(model: nn.Module, example: Any, preset: Preset | None = None, dynam
     model, example, preset, dynamic: as QuantSim takes them; nothing is changed. Never raises for what is wrong with
     the model or the example: that is what the findings say. `findings.ok` is True where QuantSim will work.
     """
+    preset = checked(preset)
     findings, captured = check_model(model, example, dynamic)
     if captured is not None:
-        preset = preset or w8a8()
         findings += rules.apply(Placement(captured, place(captured.graph, preset), preset))
     return Findings(findings)
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qlab
 from qlab.graph.findings import Findings, Severity
+from qlab.graph.model_rules import Subject, rules
+from qlab.graph.observed import Observed
 from tests.graph.models import Shared
 
 
@@ -177,11 +180,13 @@ def test_a_mask_before_a_softmax_is_no_value():
 
 
 def test_another_device_is_a_hint():
-    model = Fn(lambda m, x: m.fc(x))
-    found = qlab.validate(model, X)
-    assert not found.where("QL115")
-    if torch.cuda.is_available():
-        assert qlab.validate(model, X.cuda()).where("QL115")
+    model, seen = Fn(lambda m, x: m.fc(x)), Observed((), (), ())
+    with FakeTensorMode():
+        elsewhere = torch.empty(4, 3, device="cuda")
+    (rule,) = (rule for rule in rules if rule.code == "QL115")
+    (found,) = rule.apply(Subject(model, model, (elsewhere,), {}, X, seen))
+    assert found.what == "the model is on cpu, the example on cuda:0"
+    assert rule.apply(Subject(model, model, (X,), {}, X, seen)) == []
 
 
 @torch.no_grad()

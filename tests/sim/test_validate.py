@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import qlab
-from qlab.errors import CaptureError
+from qlab.errors import CaptureError, SpecError
 from qlab.graph.findings import Severity
 from qlab.sim.validate import ALL_RULES
 from tests.graph.models import Attention, Branching, Recurrent
@@ -106,6 +106,11 @@ def test_ok_says_whether_a_sim_can_be_made():
 def test_every_code_has_its_section_and_every_section_a_rule():
     sections = re.findall(r"^## (QL\d+) (.+)$", GUIDE.read_text(), re.MULTILINE)
     assert sorted(sections) == sorted((rule.code, rule.title) for rule in ALL_RULES)
+
+
+def test_what_is_no_preset_is_refused():
+    with pytest.raises(SpecError, match=r"qlab\.presets\.w8a8\(\); got 'w8a8'"):
+        qlab.validate(nn.Linear(3, 3), X, "w8a8")
 
 
 def test_codes_are_given_once():
