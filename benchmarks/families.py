@@ -25,7 +25,7 @@ from tests.graph.families.family import Family, examine, images, same
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 BEGIN, END = "<!-- written by benchmarks/families.py -->", "<!-- end -->"
-HEAD = ("family", "steps", "captured: equal", "prepared: equal", "quantized", "float, with the reason", "seconds")
+HEAD = ("family", "steps", "captured: equal", "prepared: equal", "quantized", "float, with the reason")
 
 # Sizes that the architecture takes; the smallest of each line of models.
 TORCHVISION = {
@@ -97,11 +97,7 @@ def row(family: Family) -> tuple[str, ...]:
     said = "bit for bit" if outcome.exact else "**no**"
     prepared = "bit for bit" if prepared_equals(family) else "**no**"
     unexplained = f", {len(outcome.unexplained)} unexplained" if outcome.unexplained else ""
-    numbers = (
-        f"{outcome.layers - outcome.in_float}",
-        f"{outcome.in_float}{unexplained}",
-        f"{outcome.seconds:.1f}",
-    )
+    numbers = (f"{outcome.layers - outcome.in_float}", f"{outcome.in_float}{unexplained}")
     return (family.name, str(outcome.layers), said, prepared, *numbers)
 
 
