@@ -51,6 +51,9 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(beside).chmod(0o666 & ~mask)  # mkstemp's are the owner's alone: a colleague could not read them
         os.replace(beside, path)
     except BaseException:
         Path(beside).unlink(missing_ok=True)

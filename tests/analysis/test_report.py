@@ -85,6 +85,10 @@ def test_the_tables_can_be_read_back(analysis, saved, name):
     assert len(table)
 
 
+def test_whoever_may_read_the_page_may_read_its_tables(saved):
+    assert saved.with_suffix(".json").stat().st_mode == saved.stat().st_mode
+
+
 def test_the_head_says_what_was_measured(analysis, saved):
     found = json.loads(saved.with_suffix(".json").read_text())
     assert found["score"] == {"name": "SQNR", "unit": "dB"}
