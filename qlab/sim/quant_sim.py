@@ -484,8 +484,11 @@ class _Step:
             self.compute = _WITH_WEIGHT.get(type(layer.module), _functional)
         self.integer = integer_kernel(sim, layer) if sim.preset.int32_bias else None
         self.is_product = _is_product(layer.module)
+        self.is_relu = layer.kind == "relu"
 
     def __call__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.is_relu and self.rounding_rectifies():
+            return self.output(args[0])  # type: ignore[misc]
         value = self.compute(self, layer, args, kwargs) if self.integer is None else self.exact(layer, args, kwargs)
         output = self.output
         if output is None or not output.enabled:
@@ -493,6 +496,13 @@ class _Step:
         if torch.is_grad_enabled() and (value.requires_grad or output.learned is not None):
             return output(value)
         return output.quantize_(value) if _is_fresh(value, args, layer) else output(value)
+
+    def rounding_rectifies(self) -> bool:
+        """Whether the grid begins at 0, so that rounding to it does what a ReLU before it would."""
+        if self.output is None or not self.output.enabled or torch.is_grad_enabled():
+            return False
+        scalars = self.output.required_encoding().scalars
+        return scalars is not None and scalars[1] == 0
 
     def exact(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As an integer kernel computes it, where one would; gradients are those of the float computation."""
