@@ -40,6 +40,7 @@ def relax(
 def relaxed_loss(problem: RoundingProblem, soft: SoftRounding, v: Tensor, floor: Tensor, beta: float | None) -> Tensor:
     """What `relax` minimises, [].
 
+    >>> import torch
     >>> one = torch.ones(1, 1, 1)
     >>> problem = RoundingProblem(0.5 * one, one, one, -8 * one, 7 * one)
     >>> relaxed_loss(problem, SoftRounding(10), SoftRounding.start(0.75 * one), 0 * one, None)  # (0.75 - 0.5)^2
