@@ -39,7 +39,7 @@ import qlab.views
 EDITS = """
 names = [n for n in lab.layers().loc[lambda f: f['weight_bits'].notna(), 'name']]
 for i in range({count}):
-    lab.set(names[i % len(names)], 'weight', bits=4 + i % 5)
+    lab.set(names[i % len(names)], 'weight', bits=3 + (i + {turn}) % 6)
 lab.measure().result()
 """
 COUNTS = """
@@ -149,10 +149,10 @@ def kernel_counts(notebook: Notebook) -> tuple[float, int, int, int]:
     return int(memory) / 1e6, int(listeners), int(widgets), int(steps)
 
 
-def edit(notebook: Notebook, count: int) -> None:
-    """Edits one layer after the other, as cells do, and waits until all is measured and painted."""
-    for _ in range(count // 100):
-        notebook.py(EDITS.format(count=100))
+def edit(notebook: Notebook, turns: range) -> None:
+    """Edits 100 layers a turn, one after the other, as cells do, and waits until all is measured and painted."""
+    for turn in turns:
+        notebook.py(EDITS.format(count=100, turn=turn))
         notebook.page.wait_for_timeout(500)
     notebook.page.wait_for_timeout(2000)
 
@@ -190,10 +190,10 @@ def measure(notebook: Notebook, edits: int) -> None:
     print(f"sort {sort:.0f} ms, filter {filter_:.0f} ms (aim 100); {work.spent(len(found))}")
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable")
-    edit(notebook, 100)  # caches fill
+    edit(notebook, range(1))  # caches fill
     heap, page_listeners = browser_counts(page, session)
     memory, listeners, widgets, steps = kernel_counts(notebook)
-    edit(notebook, edits)
+    edit(notebook, range(1, 1 + edits // 100))
     heap_after, page_listeners_after = browser_counts(page, session)
     memory_after, listeners_after, widgets_after, steps_after = kernel_counts(notebook)
     print(f"after {steps_after - steps} edits more:")

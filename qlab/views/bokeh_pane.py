@@ -172,7 +172,7 @@ class BokehJS(Widget):
 @functools.cache
 def _compressed_bokehjs() -> bytes:
     code = Path(bokeh.__file__).parent / "server" / "static" / "js" / "bokeh.min.js"
-    return gzip.compress(code.read_bytes(), mtime=0)
+    return gzip.compress(code.read_bytes(), compresslevel=5, mtime=0)  # 9 takes twice as long for 1 % less
 
 
 def _document_of(figure: Model | Document) -> Document:

@@ -21,13 +21,13 @@ class Dashboard(View):
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
         self._lab = lab
-        self.score = Score(lab)
         self.jobs = JobPanel(lab)
         self.views: dict[str, View] = {}
         self._undo = self._button("Undo", "undo", lab.undo)
         self._redo = self._button("Redo", "repeat", lab.redo)
-        self._title = ipywidgets.HTML()
-        self.jobs.layout.flex, self.jobs.layout.min_width = "1 1 420px", "0"
+        self._title = ipywidgets.HTML(layout=ipywidgets.Layout(width="170px"))
+        self._title.add_class("qlab-step")
+        self.jobs.layout.flex, self.jobs.layout.min_width = "1 1 500px", "0"
         self._tabs = ipywidgets.Tab()
         self._entries = tabs_of(lab)
         self._tabs.children = [ipywidgets.VBox() for _ in self._entries]
@@ -37,14 +37,15 @@ class Dashboard(View):
         self.listen(lab.events.job_ended, lambda _: _forget_refusals(self))
         self._history_changed()
         past = ipywidgets.HBox(
-            [self._undo, self._redo, self._title], layout=ipywidgets.Layout(align_items="center", flex_flow="row wrap")
+            [self._undo, self._redo, self._title], layout=ipywidgets.Layout(align_items="center", flex="0 0 auto")
         )
         top = ipywidgets.HBox(
             [past, self.jobs],
             layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="2px 24px"),
         )
-        self.display(self.score, top, self._tabs)
         self.show(self._entries[0].title)
+        self.score = Score(lab)  # last, since it begins to measure, which would take turns with the building
+        self.display(self.score, top, self._tabs)
         self.after_cells(lab.refresh)
 
     def show(self, title: str) -> View:
@@ -95,14 +96,15 @@ class Dashboard(View):
             view.is_shown = title == entry.title
 
     def _button(self, name: str, icon: str, action: Callable[[], object]) -> ipywidgets.Button:
-        button = ipywidgets.Button(description=name, icon=icon, layout=ipywidgets.Layout(width="84px"))
+        button = ipywidgets.Button(description=name, icon=icon, layout=ipywidgets.Layout(width="84px", flex="0 0 auto"))
         button.on_click(self.guarded(lambda _: action()))
         return button
 
     def _history_changed(self) -> None:
         lab = self._lab
         self._undo.disabled, self._redo.disabled = not lab.can_undo, not lab.can_redo
-        self._title.value = f"<small class='qlab-quiet'>step {lab.step}: {escape(lab.action)}</small>"
+        told = escape(f"step {lab.step}: {lab.action}")
+        self._title.value = f"<div class='qlab-quiet' title='{told}'>{told}</div>"
 
 
 def _forget_refusals(view: View) -> None:

@@ -39,6 +39,7 @@ class Histogram(View):
         self._values = histogram_plot(pd.DataFrame({"left": [], "right": [], "count": []}))
         self._channels = weight_ranges(pd.DataFrame({"channel": [], "min": [], "max": []}))
         self._values.figure.height, self._channels.figure.height = 210, 150
+        self._channels.figure.title.text_font_size = "8pt"
         self.values = BokehPane(self._values.figure, fallback=self._values.to_svg)
         self.channels = BokehPane(self._channels.figure, fallback=self._channels.to_svg)
         self.values.layout.flex, self.values.layout.min_width = "3 1 380px", "0"
@@ -185,18 +186,18 @@ class Histogram(View):
         self.values.label = self._values.headline
         with self.channels.batch():
             ranges = data.channels[["channel", "min", "max"]]
-            self._channels.update(ranges, name=f"{self.layer} {self.part}")
+            self._channels.update(ranges)
             shown = [] if self.channel is None else [self._bar_of(self.channel)]
             if self._channels.now.selected.indices != shown:
                 self._channels.now.selected.indices = shown
-        self.channels.label = self._channels.headline
+        self.channels.label = f"{self.layer} {self.part}: {self._channels.headline}"
         self.channels.layout.display = None if len(data.channels) > 1 else "none"
         count = len(data.channels)
         if len(self._channel.options) != max(count, 1) + (count > 1):
             numbers = [(f"channel {i}", i) for i in range(count)] if count > 1 else []
             self._channel.options = [(ALL, -1), *numbers]
         self._channel.value = -1 if self.channel is None else self.channel
-        self._low.value, self._high.value = (round(x, 6) for x in clip) if clip else (0.0, 0.0)
+        self._low.value, self._high.value = (float(f"{x:.4g}") for x in clip) if clip else (0.0, 0.0)
         for control in (self._low, self._high, self._set):
             control.disabled = not self.can_set_range
         self._free.disabled = not data.frozen

@@ -140,7 +140,7 @@ class Past(View):
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
         self.history, self.script, self.compare = History(lab), Script(lab), Compare(lab)
-        self.history.layout.flex, self.script.layout.flex = "3 1 520px", "2 1 300px"
+        self.history.layout.flex, self.script.layout.flex = "3 1 640px", "2 1 300px"
         self.history.layout.min_width = self.script.layout.min_width = "0"
         above = ipywidgets.HBox(
             [self.history, self.script],

@@ -21,10 +21,14 @@ class JobPanel(View):
         super().__init__(lab)
         self._lab = lab
         self._job: Job | None = None
-        self._bar = ipywidgets.FloatProgress(value=0, min=0, max=1, layout=ipywidgets.Layout(width="140px"))
+        self._bar = ipywidgets.FloatProgress(
+            value=0, min=0, max=1, layout=ipywidgets.Layout(width="110px", flex="0 0 auto")
+        )
         self._pause = self._button("Pause", "pause", self._pause_or_resume)
         self._cancel = self._button("Cancel", "stop", self._stop)
         self._text = ipywidgets.HTML("<span class='qlab-quiet'>No job runs.</span>")
+        self._text.layout.flex, self._text.layout.min_width = "1 1 0", "0"
+        self._text.add_class("qlab-job")
         self._result = ipywidgets.HTML(layout=ipywidgets.Layout(max_height="260px", overflow="auto"))
         self._result.add_class("qlab-report")
         self.listen(lab.events.job_started, self._started)
@@ -33,7 +37,7 @@ class JobPanel(View):
         self.listen(lab.events.error, self.frame.show)
         row = ipywidgets.HBox(
             [self._bar, self._pause, self._cancel, self._text],
-            layout=ipywidgets.Layout(align_items="center", flex_flow="row wrap"),
+            layout=ipywidgets.Layout(align_items="center"),
         )
         self.display(row, self._result)
         if lab.is_busy:
@@ -44,7 +48,9 @@ class JobPanel(View):
         return f"<p>{self._text.value}</p>{self._result.value}"
 
     def _button(self, name: str, icon: str, action: object) -> ipywidgets.Button:
-        button = ipywidgets.Button(description=name, icon=icon, disabled=True, layout=ipywidgets.Layout(width="86px"))
+        button = ipywidgets.Button(
+            description=name, icon=icon, disabled=True, layout=ipywidgets.Layout(width="86px", flex="0 0 auto")
+        )
         button.on_click(self.guarded(lambda _: action()))  # type: ignore[operator]
         return button
 
@@ -86,10 +92,11 @@ class JobPanel(View):
 
     def _say(self, job: Job, what: str, aside: str = "") -> None:
         waiting = len([other for other in self._lab.jobs if other is not job and not _is_measurement(other)])
-        more = f" <small>{waiting} more waiting</small>" if waiting else ""
+        aside = ", ".join(filter(None, (aside, f"{waiting} more waiting" if waiting else "")))
+        told = f"{job.title}: {what}"
         self._text.value = (
-            f"<span role='status'><b>{escape(job.title)}</b>: {escape(what)}</span> "
-            f"<small class='qlab-quiet'>{escape(aside)}</small>{more}"
+            f"<div role='status' title='{escape(told)}'><b>{escape(job.title)}</b>: {escape(what)}</div>"
+            f"<div class='qlab-quiet' title='{escape(aside)}'>{escape(aside)}</div>"
         )
 
     def _pause_or_resume(self) -> None:

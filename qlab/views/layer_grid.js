@@ -248,9 +248,21 @@ class Grid {
         if (this.fill(cell, Number(row), index)) different.push(cell);
       }
     }
-    flash(different);
+    this.flash(different);
     for (const cell of waiting) this.fill(cell, cell.parentNode.row, cell.cellIndex); // a refused edit: the old value
     if (notice !== undefined) this.showStatus(notice);
+  }
+
+  /** Only where it can be seen: hundreds of animations, each frame of which is painted, would slow everything else. */
+  flash(cells) {
+    const { top, bottom } = this.scroll.getBoundingClientRect();
+    const seen = cells.filter((cell) => {
+      const box = cell.getBoundingClientRect();
+      return box.bottom > top && box.top < bottom;
+    });
+    for (const cell of seen) cell.classList.remove("qlab-flash");
+    void seen[0]?.offsetWidth; // one layout for all lets their animations start again
+    for (const cell of seen) cell.classList.add("qlab-flash");
   }
 
   showSelection() {
@@ -608,12 +620,6 @@ function numbered(model) {
 }
 
 const isSelected = (line) => line.getAttribute("aria-selected") === "true";
-
-function flash(cells) {
-  for (const cell of cells) cell.classList.remove("qlab-flash");
-  void cells[0]?.offsetWidth; // one layout for all lets their animations start again
-  for (const cell of cells) cell.classList.add("qlab-flash");
-}
 
 export default () => {
   let table, send;

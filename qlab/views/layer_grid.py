@@ -140,14 +140,15 @@ class LayerGrid(LiveWidget):
         return callback
 
     def patch(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Set single cells, {column: {row: value}}; the browser flashes those that look different."""
+        """Set single cells, {column: {row: value}}; those that change are sent, and flash where they are in view."""
         with self.batch():
             for column, cells in changes.items():
                 values = self._values[self._column(column).name]
                 batched = self._batched.setdefault(column, {})
                 for row, value in cells.items():
-                    index = self._row(row)
-                    values[index] = batched[index] = _plain(value)
+                    index, new = self._row(row), _plain(value)
+                    if new != values[index] or type(new) is not type(values[index]):
+                        values[index] = batched[index] = new
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
@@ -163,11 +164,12 @@ class LayerGrid(LiveWidget):
                 if is_last:
                     batched, self._batched = self._batched, {}
                     answered, self._answered = self._answered, {}
-            if is_last and (batched or answered):
+            if is_last and (any(batched.values()) or answered):
                 self.changed()
                 cells = {
                     column: {str(index): _wire(value) for index, value in cells.items()}
                     for column, cells in batched.items()
+                    if cells
                 }
                 self.send({"kind": "patch", "cells": cells, **answered})
 

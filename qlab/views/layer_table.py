@@ -65,7 +65,8 @@ class LayerTable(View):
     def __init__(self, lab: Lab, *, all_layers: bool = False, height_px: int = 420) -> None:
         super().__init__(lab)
         self._lab = lab
-        cells = {name: self._cells(name) for name in self._names(all_layers)}
+        noise = lab.noise
+        cells = {name: _Cells.of(lab.layer_row(name), noise.get(name)) for name in self._names(all_layers)}
         self.grid = LayerGrid(
             _COLUMNS,
             {column.name: [cell.values[column.name] for cell in cells.values()] for column in _COLUMNS},
@@ -83,7 +84,7 @@ class LayerTable(View):
         self.grid.on_redo(self.guarded(lab.redo))
         self.grid.observe(self.guarded(self._grid_selected), "selected")
         self.listen(lab.events.edited, self._patch)
-        self.listen(lab.events.noise, self._patch)
+        self.listen(lab.events.noise, self._patch_noise)
         self.listen(lab.events.selected, self._lab_selected)
         self._lab_selected(lab.selected)
         self.display(self.grid)
@@ -103,9 +104,6 @@ class LayerTable(View):
         has_quantizer = frame["weight_bits"].notna() | (frame["grid"] == frame["name"])
         return list(frame.loc[has_quantizer, "name"])
 
-    def _cells(self, name: str) -> _Cells:
-        return _Cells.of(self._lab.layer_row(name), self._lab.noise.get(name))
-
     def _edit(self, rows: list[str], column: str, value: Scalar) -> None:
         part, _, setting = column.partition("_")
         try:
@@ -115,12 +113,17 @@ class LayerTable(View):
 
     def _patch(self, names: Iterable[str]) -> None:
         changes: dict[str, dict[str, Scalar]] = {column.name: {} for column in _COLUMNS[2:]}
+        noise = self._lab.noise
         for name in names:
             if name in self._shown:
-                for column, value in self._cells(name).values.items():
+                for column, value in _Cells.of(self._lab.layer_row(name), noise.get(name)).values.items():
                     if column in changes:
                         changes[column][name] = value
         self.grid.patch(changes)
+
+    def _patch_noise(self, names: Iterable[str]) -> None:
+        noise = self._lab.noise
+        self.grid.patch({"noise": {name: noise.get(name) for name in names if name in self._shown}})
 
     def _grid_selected(self, change: Any) -> None:
         if tuple(change["new"]) != self._lab.selected:

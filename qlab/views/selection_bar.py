@@ -44,8 +44,8 @@ class SelectionBar(View):
             (self._glob, "42px", "160px"),
             (self._kind, "30px", "146px"),
             (self._noise, "36px", "142px"),
-            (self._part, "22px", "96px"),
-            (self._setting, "0", "96px"),
+            (self._part, "22px", "112px"),
+            (self._setting, "0", "98px"),
             (self._value, "0", "96px"),
         ):
             widget.style.description_width, widget.layout.width = label, width

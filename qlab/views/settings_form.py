@@ -36,7 +36,7 @@ class SettingsForm(ipywidgets.VBox):
 
 
 def _field(told: Declaration) -> ipywidgets.Widget:
-    layout = ipywidgets.Layout(width="290px")
+    layout = ipywidgets.Layout(width="290px", flex="0 0 auto")
     style = {"description_width": "140px"}
     shared: dict[str, Any] = {
         "description": told.name.replace("_", " "),

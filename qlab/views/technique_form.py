@@ -34,7 +34,9 @@ class TechniqueForm(View):
         self._data.style.description_width = "140px"
         self._run = ipywidgets.Button(description="Run", icon="play", button_style="primary")
         self._report = ipywidgets.HTML(
-            layout=ipywidgets.Layout(max_height="320px", overflow="auto", flex="2 1 320px", min_width="0")
+            layout=ipywidgets.Layout(
+                max_height="320px", overflow="auto", flex="2 1 320px", min_width="0", display="none"
+            )
         )
         for widget in (self._about, self._report):
             widget.add_class("qlab-report")
@@ -82,7 +84,7 @@ class TechniqueForm(View):
         assert self.form is not None
         made = self.form.make()
         self._job = self._lab.start(made, batches=self._labelled() if self._data.value == LABELLED_DATA else None)
-        self._report.value = f"<p role='status'>{escape(repr(made))} is running.</p>"
+        self._say(f"<p role='status'>{escape(repr(made))} is running.</p>")
         return self._job
 
     def summary(self) -> str:
@@ -113,11 +115,15 @@ class TechniqueForm(View):
         if job is not self._job:
             return
         if job.report is not None:
-            self._report.value = job.report._repr_html_()
+            self._say(job.report._repr_html_())
         elif job.state is JobState.FAILED and job.exception is not None:
-            self._report.value = f"<p>It failed: {escape(job.exception)}</p>"
+            self._say(f"<p>It failed: {escape(job.exception)}</p>")
         elif isinstance(job.exception, Cancelled):
-            self._report.value = f"<p>{escape(job.exception)} The sim is as it was.</p>"
+            self._say(f"<p>{escape(job.exception)} The sim is as it was.</p>")
+
+    def _say(self, markup: str) -> None:
+        """What came of it, beside the form; it takes no room before."""
+        self._report.value, self._report.layout.display = markup, None
 
 
 def _about(technique: type[Technique]) -> str:

@@ -120,6 +120,25 @@ def test_names_stay_text(lab, view):
 
 
 @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
+def test_what_a_failed_job_says_stays_text(lab, view):
+    """Title, progress, exception and traceback of work that a person started."""
+
+    def fails(sim, progress):
+        progress.step(1, 2, HOSTILE)
+        raise RuntimeError(HOSTILE)
+
+    fails.__name__ = HOSTILE
+    shown = view(lab)
+    job = lab.start(fails)
+    with pytest.raises(RuntimeError, match="<img"):
+        job.result()
+    texts = [*markup(shown), shown.to_html()]
+    shown.close()
+    lab.live = False
+    assert not [text for text in texts if RAW.search(text)]
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
 def test_it_reads_without_a_kernel(lab, view):
     shown = view(lab)
     data, _ = shown._repr_mimebundle_()
