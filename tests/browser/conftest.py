@@ -281,7 +281,7 @@ def new_page(chromium: Browser, server: Server) -> Notebook:
     context = chromium.new_context(viewport={"width": 1300, "height": 1000})
     notebook = Notebook(context.new_page(), server)
     context.route("**/*", lambda route: _keep_inside(route, notebook))
-    notebook.page.on("pageerror", lambda error: _note_error(str(error), notebook))
+    notebook.page.on("pageerror", lambda error: _note_error(error, notebook))
     notebook.page.on("websocket", lambda socket: _note_outside(socket.url, notebook))
     return notebook
 
@@ -306,9 +306,9 @@ def notebook(shared_notebook: Notebook, request: pytest.FixtureRequest) -> Itera
     shared_notebook.complain()
 
 
-def _note_error(error: str, notebook: Notebook) -> None:
-    if error not in notebook.server.frontend.own:
-        notebook.errors.append(error)
+def _note_error(error: Error, notebook: Notebook) -> None:
+    if str(error) not in notebook.server.frontend.own:
+        notebook.errors.append(f"{error}\n{error.stack}")
 
 
 def _keep_inside(route: Route, notebook: Notebook) -> None:
