@@ -565,7 +565,7 @@ def _conv(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, An
     module: Any = layer.module
     assert step.weight is not None
     weight, bias, x = step.weight.quantized(), step.bias(module), args[0]
-    if step.is_product and step.weight.enabled and x.is_contiguous() and not step.sim.training:
+    if step.is_product and step.weight.enabled and x.dim() == 4 and x.is_contiguous() and not step.sim.training:
         return _product(x, weight, bias)
     return module._conv_forward(x, weight, bias)
 
@@ -582,13 +582,11 @@ def _is_product(module: nn.Module | None) -> bool:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution as the matrix product that it is.
 
-    Closer to targets than a convolution: its sums run over the channels in order and end with the bias, as in ONNX
-    Runtime's float kernel, so that fewer of them round to the other side of a half step. On large images it is as fast;
-    a network of small ones pays about a tenth of its time.
+    As fast as a convolution and closer to targets: its sums run over the channels in order and end with the bias, as
+    in ONNX Runtime's float kernel, so that fewer of them round to the other side of a half step.
     """
-    sums = torch.matmul(weight.flatten(1), x.flatten(-2))
-    if bias is not None:
-        sums = sums + bias.view(-1, 1) if torch.is_grad_enabled() else sums.add_(bias.view(-1, 1))
+    weights, places = weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)
+    sums = torch.bmm(weights, places) if bias is None else torch.baddbmm(bias.view(-1, 1), weights, places)
     return sums.unflatten(-1, x.shape[-2:])
 
 
