@@ -130,7 +130,8 @@ def error_curve(quantizer: Quantizer, points: int = 64) -> pd.DataFrame:
 class _Found:
     """Weighted values [n], what each is rounded to, and on which grid (broadcast against `values`).
 
-    width: of the bins that the values are the centres of, aligned at 0; None for exact values.
+    width: of the bins that the values are the centres of, aligned at 0; None for exact values. limits: the least and the
+    largest value in those bins.
     """
 
     values: Tensor
@@ -140,6 +141,7 @@ class _Found:
     grid: Encoding | None
     sqnr: float
     width: float | None = None
+    limits: tuple[float, float] | None = None
 
 
 def _of_weight(quantizer: WeightQuantizer, encoding: Encoding | None, channel: int | None, is_tried: bool) -> _Found:
@@ -177,7 +179,8 @@ def _of_output(quantizer: Quantizer, encoding: Encoding | None, channel: int | N
     sqnr = math.nan if encoding is None else _decibel(_power(sample), noise_on_grid(sample, encoding))
     width = float(sample.bin_width[0])
     values, counts, rounded, is_clipped = (t.reshape(-1) for t in (sample.values, sample.counts, rounded, is_clipped))
-    return _Found(values, counts, rounded, is_clipped, encoding, sqnr, width)
+    limits = (float(sample.minimum[0]), float(sample.maximum[0]))
+    return _Found(values, counts, rounded, is_clipped, encoding, sqnr, width, limits)
 
 
 def _of_rows(sample: Sample, encoding: Encoding) -> _Found:
@@ -194,16 +197,26 @@ def _of_rows(sample: Sample, encoding: Encoding) -> _Found:
 
 
 def _edges(found: _Found, bins: int) -> np.ndarray:
-    """About `bins` bins over all values; whole numbers of histogram bins where the values come from one."""
+    """About `bins` bins over all values; whole numbers of histogram bins where the values come from one.
+
+    The outermost end at the values themselves: no bin reaches beyond a range that clips nothing.
+    """
     seen = found.counts > 0
     if not bool(seen.any()):
         return np.linspace(0.0, 1.0, 2)
     both = torch.cat([found.values[seen], found.rounded[seen]]).double()
     low, high = float(both.min()), float(both.max())
+    if found.limits is not None:
+        low, high = min(found.limits[0], float(found.rounded.min())), max(found.limits[1], float(found.rounded.max()))
     if found.width:
         first, last = math.floor(low / found.width), math.floor(high / found.width)
         step = -(-(last - first + 1) // bins)
-        return (first + step * np.arange(-(-(last - first + 1) // step) + 1)) * found.width
+        edges = (first + step * np.arange(-(-(last - first + 1) // step) + 1)) * found.width
+        if low < edges[1] and low < high:
+            edges[0] = low
+        if high > edges[-2]:
+            edges[-1] = high
+        return edges
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, bins + 1)

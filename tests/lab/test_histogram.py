@@ -91,6 +91,15 @@ def test_an_output_is_shown_from_calibration(lab: qlab.Lab, batches: list[Tensor
     assert data.sqnr == lab.layer_row("x").output_sqnr
 
 
+def test_the_picture_clips_nothing_where_the_range_clips_nothing(lab: qlab.Lab, batches: list[Tensor]) -> None:
+    data = lab.histogram("x", "output")
+    values = torch.cat(batches)
+    assert data.clipped_share == 0
+    assert data.edges[0] == min(data.low, float(values.min()))
+    assert data.edges[-1] == max(data.high, float(values.max()))
+    assert qlab.plots.clipped_share(data.bins, float(values.min()), float(values.max())) == pytest.approx(0, abs=1e-3)
+
+
 def test_the_noise_of_an_output_follows_a_tried_range(lab: qlab.Lab, batches: list[Tensor]) -> None:
     values = torch.cat(batches)
     for high in (1.0, 2.0, 4.0):
