@@ -2,11 +2,12 @@
 # make test   sets up .venv and runs every check; each step is a target of its own
 # make docs   builds the guide into site/, strictly
 # make notebooks    runs all notebooks and stores their outputs
-# make binder       installs what Binder is told to, in an environment of its own, and runs the tour there
+# make binder       installs what Binder is told to, in an environment of its own, and runs the tour there; CI does so too
 # CPU=1       installs PyTorch from its CPU wheels: a much smaller download
 
 PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$python; break; }; done)
+BINDER_PYTHON = $(shell wanted=$$(sed s/-// binder/runtime.txt); $$wanted -c '' >/dev/null 2>&1 && echo $$wanted || echo $(PYTHON))
 INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 BIN := .venv/bin
 READY := .venv/.ready
@@ -50,13 +51,17 @@ notebooks: $(READY)
 browser: $(READY)
 	$(if $(wildcard tests/browser/test_*.py),$(ONE_THREAD) $(BIN)/pytest -m browser tests/browser)
 
-# the steps of binder/, in a fresh environment: no CUDA in it, and the notebook that Binder opens runs
+# the steps of binder/, in a fresh environment of the Python that Binder takes (another where it is missing): no CUDA in
+# it, nothing that qlab needs is lacking, the job in a terminal and the notebook that Binder opens run
 binder:
 	rm -rf .binder
-	$(PYTHON) -m venv .binder
+	$(BINDER_PYTHON) -m venv .binder
 	PIP_RETRIES=1 .binder/bin/python -m pip install --quiet --requirement binder/requirements.txt
 	PATH="$(CURDIR)/.binder/bin:$$PATH" bash binder/postBuild
+	.binder/bin/python -m pip check
 	! .binder/bin/python -m pip list | grep -i nvidia
+	.binder/bin/qlab --version
+	$(ONE_THREAD) .binder/bin/python -m qlab.examples
 	.binder/bin/python -m pip install --quiet nbval --constraint constraints.txt
 	$(NBVAL) .binder/bin/python -m pytest -c /dev/null --rootdir . --nbval notebooks/00_tour.ipynb $(NBVAL_OPTIONS)
 
