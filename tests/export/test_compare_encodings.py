@@ -67,6 +67,22 @@ def quantized_by_onnxruntime(exported, folder, **settings):
     return path, constants
 
 
+@pytest.mark.parametrize("bits", [2, 3, 6])
+def test_a_grid_narrower_than_the_types_of_onnx_is_the_same_in_its_own_export(tmp_path, bits):
+    sim, x = small()
+    sim["fc"].weight.bits = sim["fc"].output.bits = bits
+    sim.export(tmp_path / "m", formats=("onnx",))
+    table = qlab.compare_encodings(sim, tmp_path / "m.onnx").set_index("tensor")
+    assert set(table["state"]) == {"same"}
+    stored = 4 if bits < 4 else 8
+    assert tuple(table.loc["fc (weight)", ["bits", "other_bits"]]) == (bits, stored)
+    assert table.loc["fc (weight)", "note"] == f"It is stored in {stored} bits."
+    assert not [note for note in qlab.on_target(sim, tmp_path / "m.onnx", [x]).notes if "sim changed" in note]
+    sim["fc"].weight.bits = bits + 1
+    table = qlab.compare_encodings(sim, tmp_path / "m.onnx").set_index("tensor")
+    assert list(table.index[table["state"] == "differs"]) == ["fc (weight)"]
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_what_onnxruntimes_quantizer_found_stands_beside_the_sims_grids(exported, tmp_path, per_channel):
     path, constants = quantized_by_onnxruntime(exported, tmp_path, per_channel=per_channel)
