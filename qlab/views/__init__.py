@@ -16,7 +16,7 @@ from qlab.views.bokeh_pane import BokehPane
 from qlab.views.compare import Compare
 from qlab.views.dashboard import Dashboard
 from qlab.views.diagnosis import Diagnosis
-from qlab.views.export_panel import ExportPanel
+from qlab.views.export_panel import Export
 from qlab.views.findings import Findings
 from qlab.views.graph_view import GraphView
 from qlab.views.guidebook import Guidebook
@@ -44,7 +44,7 @@ __all__ = [
     "Compare",
     "Dashboard",
     "Diagnosis",
-    "ExportPanel",
+    "Export",
     "Findings",
     "GraphView",
     "Guidebook",

@@ -27,7 +27,7 @@ _SHOWN_ROWS = 200
 
 
 @dataclass(frozen=True)
-class Export:
+class FileExport:
     """Writing the files as an analysis, which a lab runs on a copy of its sim."""
 
     path: str
@@ -67,7 +67,7 @@ class EncodingsComparison:
 
 
 @tab("Export", place=60)
-class ExportPanel(View):
+class Export(View):
     """Where to and which files; the check on target; the comparison with others' encodings.
 
     `exported`, `checked`, `compared`: what came of them last, None before.
@@ -118,7 +118,7 @@ class ExportPanel(View):
         if not path or not formats:
             raise ValueError("an export needs a path, and at least one kind of file.")
         weights = "integer" if self._integers.value else "float"
-        return self._start(Export(path, self._encodings.value, formats, weights))
+        return self._start(FileExport(path, self._encodings.value, formats, weights))
 
     def check(self) -> Job:
         """Starts running the exported file on target; raises ValueError without a path."""

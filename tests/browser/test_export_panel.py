@@ -15,7 +15,7 @@ qlab.BatchNormFolding().apply(sim)
 sim.calibrate(batches)
 lab = qlab.Lab(sim, batches, score=qlab.Accuracy(digits.test[:2]))
 folder = tempfile.mkdtemp()
-view = qlab.views.ExportPanel(lab, folder + "/resnet")
+view = qlab.views.Export(lab, folder + "/resnet")
 """
 LONG_MS = 120_000  # an export on a busy machine
 

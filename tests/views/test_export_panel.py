@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlab
-from qlab.views import ExportPanel
+from qlab.views import Export
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def lab():
 
 
 def test_it_writes_the_encodings_of_the_version_chosen(lab, tmp_path):
-    view = ExportPanel(lab, str(tmp_path / "panel"))
+    view = Export(lab, str(tmp_path / "panel"))
     view._formats["onnx"].value = view._formats["safetensors"].value = False
     view._encodings.value = "0.6.1"
     view.export().result()
@@ -31,7 +31,7 @@ def test_it_writes_the_encodings_of_the_version_chosen(lab, tmp_path):
 
 
 def test_integer_weights_are_written_where_asked_for(lab, tmp_path):
-    view = ExportPanel(lab, str(tmp_path / "panel"))
+    view = Export(lab, str(tmp_path / "panel"))
     view._formats["encodings"].value = view._formats["safetensors"].value = False
     view._integers.value = True
     view.export().result()
@@ -42,7 +42,7 @@ def test_integer_weights_are_written_where_asked_for(lab, tmp_path):
 
 
 def test_the_check_on_target_and_the_comparison_show_what_the_functions_say(lab, tmp_path):
-    view = ExportPanel(lab, str(tmp_path / "panel"))
+    view = Export(lab, str(tmp_path / "panel"))
     view.export().result()
     view._layers.value = True
     view.check().result()
@@ -60,7 +60,7 @@ def test_the_check_on_target_and_the_comparison_show_what_the_functions_say(lab,
 
 
 def test_what_cannot_be_checked_is_said(lab, tmp_path):
-    view = ExportPanel(lab, str(tmp_path / "panel"))
+    view = Export(lab, str(tmp_path / "panel"))
     with pytest.raises(qlab.errors.InputError, match="there is no file"):
         view.check().result()
     assert view.frame.error is not None
@@ -71,7 +71,7 @@ def test_what_cannot_be_checked_is_said(lab, tmp_path):
 
 def test_what_went_wrong_is_shown(lab, tmp_path):
     (tmp_path / "file").write_text("")
-    view = ExportPanel(lab, str(tmp_path / "file" / "model"))
+    view = Export(lab, str(tmp_path / "file" / "model"))
     with pytest.raises(OSError, match="file"):
         view.export().result()
     assert view.frame.error is not None
