@@ -190,13 +190,14 @@ class Quantizer(nn.Module):
         """The grid in force, None before calibration."""
         if self.learned is not None:
             return self.learned.encoding().copy()
-        if self.scale is None or self.zero_point is None or self.limits is None:
+        known, buffers = self._encoding, self._buffers  # asked for by every layer of every forward
+        scale, zero_point, limits = buffers["scale"], buffers["zero_point"], buffers["limits"]
+        if known is not None and known.scale is scale and known.zero_point is zero_point:
+            return known
+        if scale is None or zero_point is None or limits is None:
             return None
-        known = self._encoding
-        if known is None or known.scale is not self.scale or known.zero_point is not self.zero_point:
-            qmin, qmax = self.limits.tolist()
-            axis = None if self.scale.dim() == 0 else self.axis
-            self._encoding = Encoding(self.scale, self.zero_point, qmin, qmax, axis, *self._shape)
+        qmin, qmax = limits.tolist()
+        self._encoding = Encoding(scale, zero_point, qmin, qmax, None if scale.dim() == 0 else self.axis, *self._shape)
         return self._encoding
 
     @encoding.setter
@@ -307,6 +308,12 @@ class Quantizer(nn.Module):
     def quantize_(self, x: Tensor) -> Tensor:
         """Changes `x`: rounds it to the grid in place, without gradient."""
         return fake_quantize_(x, self.required_encoding()) if self._enabled else x
+
+    @property
+    def begins_at_zero(self) -> bool:
+        """Whether there is one grid and 0 is its smallest value, so that rounding to it rectifies."""
+        scalars = self.required_encoding().scalars
+        return scalars is not None and scalars[1] == 0
 
     def required_encoding(self) -> Encoding:
         """The encoding; raises NotCalibrated where there is none."""

@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from qlab.errors import UnknownLayer, nearest
 from qlab.graph import Layer, call_layer, captured
@@ -21,7 +19,7 @@ from qlab.mapped import mapped_twins
 from qlab.progress import Progress, Silent
 from qlab.quantization import Quantizer, WeightQuantizer
 from qlab.sim.batches import flat_inputs
-from qlab.sim.integer_kernels import integer_kernel
+from qlab.sim.layer_step import LayerStep
 from qlab.sim.log import LogEntry, Marks
 from qlab.sim.placement import Placed, Role, matches_glob, place
 from qlab.sim.presets import Preset, checked
@@ -131,7 +129,7 @@ class QuantSim(nn.Module):
             self.quantizers[name] = quantizer
         self.quantization_enabled = True
         self.qat_mode: str | None = None
-        self._steps: list[_Step] | None = None
+        self._steps: list[LayerStep] | None = None
 
     def _distinct(self) -> Iterator[tuple[str, Quantizer]]:
         """Each quantizer once, keyed by layer and part, with dots replaced as ModuleDict asks."""
@@ -220,11 +218,11 @@ class QuantSim(nn.Module):
 
     def compute(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One layer with its quantized weight, its output not rounded: what a quantizer sees."""
-        step = (self._steps if self._steps is not None else self._prepared())[layer.index]
-        return step.compute(step, layer, args, kwargs)
+        steps = self._steps if self._steps is not None else self._prepared()
+        return steps[layer.index].compute(layer, args, kwargs)
 
-    def _prepared(self) -> list["_Step"]:
-        self._steps = [_Step(self, layer) for layer in self.graph]
+    def _prepared(self) -> list[LayerStep]:
+        self._steps = [LayerStep(self, layer) for layer in self.graph]
         return self._steps
 
     def changed(self) -> None:
@@ -465,141 +463,6 @@ class QuantSim(nn.Module):
         for key in ("_modules", *(k for k in self.__dict__ if k != "_modules")):  # the model before its quantizers
             twin.__dict__[key] = None if key == "_steps" else deepcopy(self.__dict__[key], memo)
         return twin
-
-
-class _Step:
-    """How one layer is computed, decided once: with which weight, and whether its output may be rounded in place."""
-
-    def __init__(self, sim: QuantSim, layer: Layer) -> None:
-        entry = sim.placed[layer.name]
-        self.weight = entry.weight
-        self.output = entry.output if entry.role is Role.QUANTIZED else None
-        self.sim, self.layer = sim, layer
-        self.compute: Callable[..., Any]
-        if entry.carries_weight:
-            self.compute = _carry
-        elif self.weight is None or layer.module is None:
-            self.compute = _plain
-        else:
-            self.compute = _WITH_WEIGHT.get(type(layer.module), _functional)
-        self.integer = integer_kernel(sim, layer) if sim.preset.int32_bias else None
-        self.is_product = _is_product(layer.module)
-        self.is_relu = layer.kind == "relu"
-
-    def __call__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.is_relu and self.rounding_rectifies():
-            return self.output(args[0])  # type: ignore[misc]
-        value = self.compute(self, layer, args, kwargs) if self.integer is None else self.exact(layer, args, kwargs)
-        output = self.output
-        if output is None or not output.enabled:
-            return value
-        if torch.is_grad_enabled() and (value.requires_grad or output.learned is not None):
-            return output(value)
-        return output.quantize_(value) if _is_fresh(value, args, layer) else output(value)
-
-    def rounding_rectifies(self) -> bool:
-        """Whether the grid begins at 0, so that rounding to it does what a ReLU before it would."""
-        if self.output is None or not self.output.enabled or torch.is_grad_enabled():
-            return False
-        scalars = self.output.required_encoding().scalars
-        return scalars is not None and scalars[1] == 0
-
-    def exact(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As an integer kernel computes it, where one would; gradients are those of the float computation."""
-        differentiable = torch.is_grad_enabled()
-        if differentiable and self.sim.training:
-            return self.compute(self, layer, args, kwargs)
-        with torch.no_grad():
-            exact = self.integer(args, self.sim.corrected_bias(layer))  # type: ignore[misc]
-        if exact is None or differentiable:
-            value = self.compute(self, layer, args, kwargs)
-            return value if exact is None else value + (exact - value).detach()
-        return exact
-
-    def bias(self, module: nn.Module) -> Tensor | None:
-        """The bias the target adds: corrected, and on the int32 grid where the preset asks for it."""
-        bias = self.sim.corrected_bias(self.layer)
-        scale = None if bias is None else self.sim.bias_scale(self.layer)
-        if bias is None or scale is None:
-            return bias
-        # float64: an int32 bias has more digits than float32
-        exact = (bias.double() / scale.double()).round().float() * scale
-        return exact.detach().to(bias.dtype) + (bias - bias.detach())  # the gradient passes straight through
-
-
-def _is_fresh(value: Tensor, args: tuple[Any, ...], layer: Layer) -> bool:
-    """Whether nothing else can see the memory of `value`, so that it may be overwritten."""
-    if layer.kind in ("input", "parameter") or not isinstance(value, Tensor) or value.requires_grad:
-        return False
-    pointer = value.untyped_storage().data_ptr()
-    for arg in args:
-        if isinstance(arg, Tensor):
-            if arg.untyped_storage().data_ptr() == pointer:
-                return False
-        elif isinstance(arg, (list, tuple)) and not _is_fresh(value, tuple(arg), layer):
-            return False
-    return True
-
-
-def _plain(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return call_layer(layer, args, kwargs)
-
-
-def _carry(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    assert step.weight is not None
-    return step.weight.quantized()
-
-
-def _functional(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    module = layer.module
-    assert module is not None
-    assert step.weight is not None
-    replaced = {"weight": step.weight.quantized()}
-    bias = step.bias(module) if hasattr(module, "bias") else None
-    if bias is not None:
-        replaced["bias"] = bias
-    return functional_call(module, replaced, args, kwargs)
-
-
-def _conv(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    module: Any = layer.module
-    assert step.weight is not None
-    weight, bias, x = step.weight.quantized(), step.bias(module), args[0]
-    if step.is_product and step.weight.enabled and x.dim() == 4 and x.is_contiguous() and not step.sim.training:
-        return _product(x, weight, bias)
-    return module._conv_forward(x, weight, bias)
-
-
-def _is_product(module: nn.Module | None) -> bool:
-    """Whether a convolution multiplies the channels at each place by a matrix and does nothing else."""
-    return (
-        isinstance(module, nn.Conv2d)
-        and (module.kernel_size, module.stride, module.groups) == ((1, 1), (1, 1), 1)
-        and (module.padding in ((0, 0), "same", "valid"))
-    )
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1x1 convolution as the matrix product that it is.
-
-    As fast as a convolution and closer to targets: its sums run over the channels in order and end with the bias, as
-    in ONNX Runtime's float kernel, so that fewer of them round to the other side of a half step.
-    """
-    weights, places = weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)
-    sums = torch.bmm(weights, places) if bias is None else torch.baddbmm(bias.view(-1, 1), weights, places)
-    return sums.unflatten(-1, x.shape[-2:])
-
-
-def _linear(step: _Step, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return F.linear(args[0], step.weight.quantized(), step.bias(layer.module))  # type: ignore[union-attr]
-
-
-_WITH_WEIGHT: dict[type[nn.Module], Callable[..., Any]] = {
-    nn.Conv1d: _conv,
-    nn.Conv2d: _conv,
-    nn.Conv3d: _conv,
-    nn.Linear: _linear,
-}
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:

@@ -1,0 +1,156 @@
+"""How one layer is computed: with its quantized weight and the target's bias, then rounded to its output's grid.
+
+What can be decided once is decided when a step is made; what a person may change at any time (a quantizer's settings,
+its encoding, a weight) is asked for at each call.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qlab.graph import Layer, call_layer
+from qlab.sim.integer_kernels import integer_kernel
+from qlab.sim.placement import Role
+
+if TYPE_CHECKING:
+    from qlab.sim.quant_sim import QuantSim
+
+
+class LayerStep:
+    """One layer of a sim, to be called as `LayerGraph.run` calls layers."""
+
+    def __init__(self, sim: "QuantSim", layer: Layer) -> None:
+        entry = sim.placed[layer.name]
+        self.weight = entry.weight
+        self.output = entry.output if entry.role is Role.QUANTIZED else None
+        self.sim, self.layer = sim, layer
+        self._compute: Callable[..., Any]
+        if entry.carries_weight:
+            self._compute = _carry
+        elif self.weight is None or layer.module is None:
+            self._compute = _plain
+        else:
+            self._compute = _WITH_WEIGHT.get(type(layer.module), _functional)
+        self._integer = integer_kernel(sim, layer) if sim.preset.int32_bias else None
+        self.is_product = _is_product(layer.module)
+        self._is_relu = layer.kind == "relu"
+
+    def __call__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's value, on the grid of its output where it has one."""
+        output = self.output
+        if output is None or not output.enabled:
+            return self._value(layer, args, kwargs)
+        if torch.is_grad_enabled():
+            value = self._value(layer, args, kwargs)
+            if value.requires_grad or output.learned is not None:
+                return output(value)
+        elif self._is_relu and output.begins_at_zero:
+            return output(args[0])  # rounding does what the ReLU before it would
+        else:
+            value = self._value(layer, args, kwargs)
+        return output.quantize_(value) if _is_fresh(value, args, layer) else output(value)
+
+    def compute(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's value before it is rounded, in floating point."""
+        return self._compute(self, layer, args, kwargs)
+
+    def _value(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As an integer kernel computes it, where one would; gradients are those of the float computation."""
+        differentiable = torch.is_grad_enabled()
+        if self._integer is None or (differentiable and self.sim.training):
+            return self._compute(self, layer, args, kwargs)
+        with torch.no_grad():
+            exact = self._integer(args, self.sim.corrected_bias(layer))
+        if exact is None or differentiable:
+            value = self._compute(self, layer, args, kwargs)
+            return value if exact is None else value + (exact - value).detach()
+        return exact
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        """The bias the target adds: corrected, and on the int32 grid where the preset asks for it."""
+        bias = self.sim.corrected_bias(self.layer)
+        scale = None if bias is None else self.sim.bias_scale(self.layer)
+        if bias is None or scale is None:
+            return bias
+        # float64: an int32 bias has more digits than float32
+        exact = (bias.double() / scale.double()).round().float() * scale
+        return exact.detach().to(bias.dtype) + (bias - bias.detach())  # the gradient passes straight through
+
+
+def _is_fresh(value: Tensor, args: tuple[Any, ...], layer: Layer) -> bool:
+    """Whether nothing else can see the memory of `value`, so that it may be overwritten."""
+    if layer.kind in ("input", "parameter") or not isinstance(value, Tensor) or value.requires_grad:
+        return False
+    pointer = value.untyped_storage().data_ptr()
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.untyped_storage().data_ptr() == pointer:
+                return False
+        elif isinstance(arg, (list, tuple)) and not _is_fresh(value, tuple(arg), layer):
+            return False
+    return True
+
+
+def _plain(step: LayerStep, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return call_layer(layer, args, kwargs)
+
+
+def _carry(step: LayerStep, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    assert step.weight is not None
+    return step.weight.quantized()
+
+
+def _functional(step: LayerStep, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    module = layer.module
+    assert module is not None
+    assert step.weight is not None
+    replaced = {"weight": step.weight.quantized()}
+    bias = step.bias(module) if hasattr(module, "bias") else None
+    if bias is not None:
+        replaced["bias"] = bias
+    return functional_call(module, replaced, args, kwargs)
+
+
+def _conv(step: LayerStep, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    module: Any = layer.module
+    assert step.weight is not None
+    weight, bias, x = step.weight.quantized(), step.bias(module), args[0]
+    if step.is_product and step.weight.enabled and x.dim() == 4 and x.is_contiguous() and not step.sim.training:
+        return _product(x, weight, bias)
+    return module._conv_forward(x, weight, bias)
+
+
+def _is_product(module: nn.Module | None) -> bool:
+    """Whether a convolution multiplies the channels at each place by a matrix and does nothing else."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and (module.kernel_size, module.stride, module.groups) == ((1, 1), (1, 1), 1)
+        and (module.padding in ((0, 0), "same", "valid"))
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution as the matrix product that it is.
+
+    As fast as a convolution and closer to targets: its sums run over the channels in order and end with the bias, as
+    in ONNX Runtime's float kernel, so that fewer of them round to the other side of a half step.
+    """
+    weights, places = weight.flatten(1).expand(x.shape[0], -1, -1), x.view(*x.shape[:2], -1)
+    sums = torch.bmm(weights, places) if bias is None else torch.baddbmm(bias.view(-1, 1), weights, places)
+    return sums.view(*sums.shape[:2], *x.shape[2:])
+
+
+def _linear(step: LayerStep, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return F.linear(args[0], step.weight.quantized(), step.bias(layer.module))  # type: ignore[union-attr]
+
+
+_WITH_WEIGHT: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    nn.Conv3d: _conv,
+    nn.Linear: _linear,
+}
