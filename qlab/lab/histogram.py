@@ -130,8 +130,8 @@ def error_curve(quantizer: Quantizer, points: int = 64) -> pd.DataFrame:
 class _Found:
     """Weighted values [n], what each is rounded to, and on which grid (broadcast against `values`).
 
-    width: of the bins that the values are the centres of, aligned at 0; None for exact values. limits: the least and the
-    largest value in those bins.
+    width: of the bins that the values are the centres of, aligned at 0; None for exact values. limits: the least and
+    the largest value in those bins.
     """
 
     values: Tensor
