@@ -228,6 +228,11 @@ class LayerGraph:
         memo[id(self)] = twin
         for spec in (self.in_spec, self.out_spec):  # immutable
             memo[id(spec)] = spec
+        # Layers know their neighbours: copied one through the other they would go as deep as the model is long.
+        new = [(layer, Layer.__new__(Layer)) for layer in self.layers if id(layer) not in memo]
+        memo.update({id(layer): copied for layer, copied in new})
+        for layer, copied in new:
+            copied.__dict__.update(copy.deepcopy(layer.__dict__, memo))
         twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return twin
 

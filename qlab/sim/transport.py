@@ -1,8 +1,9 @@
 """A sim as bytes, to be used in another process: what pickle cannot carry goes by name or is rebuilt.
 
-ATen operators go by name. Modules whose class another process cannot import (classes of a notebook) become plain
-containers with the same children, parameters and names: the captured graph never calls them. Bytes are for processes of
-one's own and are never read from a file; `sim.save` is the file format.
+Layers go one after the other, not one through the other, for models are deep. ATen operators go by name. Modules whose
+class another process cannot import (classes of a notebook) become plain containers with the same children, parameters
+and names: the captured graph never calls them. Bytes are for processes of one's own and are never read from a file;
+`sim.save` is the file format.
 """
 
 import io
@@ -15,6 +16,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from qlab.errors import InputError
+from qlab.graph import Layer, LayerGraph
 from qlab.graph.admission import register_results
 
 try:  # carries functions and classes of a notebook; comes with qlab[dask]
@@ -46,7 +48,17 @@ def from_bytes(data: bytes) -> Any:
 
 
 class _Pickler(_BasePickler):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_graphs: set[int] = set()  # ids of the layers whose state goes with their graph
+
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, LayerGraph):
+            self._in_graphs.update(map(id, value.layers))
+            states = [layer.__dict__ for layer in value.layers]
+            return _graph, (type(value), value.layers, states), value.__dict__
+        if isinstance(value, Layer) and id(value) in self._in_graphs:
+            return _empty, (Layer,)
         if isinstance(value, OpOverload):
             return _operator, (value.namespace, value._opname, value._overloadname)
         if isinstance(value, pytree.TreeSpec):
@@ -66,7 +78,13 @@ def _is_importable(kind: type) -> bool:
     return kind.__module__ != "__main__" and "<locals>" not in kind.__qualname__
 
 
-def _empty(kind: Any) -> nn.Module:
+def _empty(kind: Any) -> Any:
+    return kind.__new__(kind)
+
+
+def _graph(kind: type[LayerGraph], layers: list[Layer], states: list[dict[str, Any]]) -> LayerGraph:
+    for layer, state in zip(layers, states, strict=True):
+        layer.__dict__.update(state)
     return kind.__new__(kind)
 
 
