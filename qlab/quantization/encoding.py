@@ -53,8 +53,8 @@ class Encoding:
         """(scale, qmin - zero_point, qmax - zero_point) as numbers where there is one grid, else None."""
         if self.scale.dim() != 0:
             return None
-        zero_point = float(self.zero_point)
-        return float(self.scale), self.qmin - zero_point, self.qmax - zero_point
+        zero_point = self.zero_point.item()
+        return self.scale.item(), self.qmin - zero_point, self.qmax - zero_point
 
     def broadcast(self, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Scale and zero point shaped so that they broadcast against a tensor of `shape`."""
@@ -79,6 +79,10 @@ class Encoding:
             return (wide if order is not None else wide.t()).reshape(view)
 
         return spread(self.scale), spread(self.zero_point)
+
+    def over(self, shape: torch.Size | tuple[int, ...]) -> "Encoding":
+        """The same grid with scale and zero point as `broadcast` shapes them, without axis and blocks."""
+        return self if self.axis is None else Encoding(*self.broadcast(shape), self.qmin, self.qmax)
 
     def to(self, device: torch.device | str) -> "Encoding":
         """The same encoding with its tensors on `device`."""

@@ -4,6 +4,8 @@ The one definition of rounding in qlab: q = clamp(round_half_to_even(x / scale) 
 float32 by a true division, as ONNX's QuantizeLinear does.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,8 @@ def fake_quantize(x: Tensor, encoding: Encoding) -> Tensor:
     if torch.is_grad_enabled() and (
         x.requires_grad or encoding.scale.requires_grad or encoding.zero_point.requires_grad
     ):
-        scale, zero_point = encoding.broadcast(x.shape)
-        return _FakeQuantize.apply(x, scale, zero_point, encoding.qmin, encoding.qmax)
+        grid = encoding.over(x.shape)
+        return _FakeQuantize.apply(x, grid.scale, grid.zero_point, grid)
     scalars = _scalars(x, encoding)
     if scalars is None:
         return fake_quantize_(x.detach().clone(memory_format=torch.preserve_format), encoding)
@@ -96,43 +98,68 @@ class _FakeQuantize(torch.autograd.Function):
     """Keeps x and the result, which the neighbouring layers keep anyway, and no mask."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, qmin, qmax):  # type: ignore[no-untyped-def]
-        wide = x if x.dtype == torch.float64 else x.float()
-        ctx.limits, ctx.bounds = (qmin, qmax), None
-        if scale.dim() == 0:  # one grid: numbers cost less than tensors of one element
-            step, zero = scale.item(), float(round(zero_point.item()))
-            ctx.bounds = (qmin - zero - 0.5) * step, (qmax - zero + 0.5) * step
-            if x.device.type == "cpu" and wide.dtype == torch.float32:
-                result = _rounded(wide, step, qmin - zero, qmax - zero)
-            else:
-                result = (wide / scale).round_().clamp_(qmin - zero, qmax - zero).mul_(scale)
-            whole = zero_point
-        else:
-            whole = zero_point.round()
-            result = torch.clamp((wide / scale).round_(), qmin - whole, qmax - whole).mul_(scale)
-        result = result.to(x.dtype)
-        ctx.save_for_backward(x, scale, whole, result)
+    def forward(ctx, x, scale, zero_point, grid):  # type: ignore[no-untyped-def]
+        result, ctx.bounds = round_forward(x, grid)
+        ctx.grid = grid
+        ctx.save_for_backward(x, result)
         return result
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, scale, zero_point, result = ctx.saved_tensors
-        if ctx.bounds is not None:
-            inside = torch.ops.aten.hardtanh_backward(grad.contiguous(), x.contiguous(), *ctx.bounds)
+        x, result = ctx.saved_tensors
+        _, of_scale, of_zero_point, _ = ctx.needs_input_grad
+        inside, *of_grid = round_backward(grad, x, result, ctx.grid, ctx.bounds, of_scale, of_zero_point)
+        like = ctx.grid.scale
+        found = (torch.full_like(like, slope) if isinstance(slope, float) else slope for slope in of_grid)
+        return inside, *found, None
+
+
+Bounds = tuple[Any, Any]
+"""The open interval of values whose gradient passes: numbers, or tensors that broadcast against the values."""
+
+
+def round_forward(x: Tensor, grid: Encoding, rectifies: bool = False) -> tuple[Tensor, Bounds]:
+    """(`x` on the grid, which broadcasts against it; the bounds of `round_backward`), without gradient.
+
+    rectifies: the one grid begins at 0, and `x` stands for relu(x).
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    numbers = grid.scalars
+    if numbers is not None:  # one grid: numbers cost less than tensors of one element
+        scale, low, high = numbers
+        if x.device.type == "cpu" and wide.dtype == torch.float32:
+            result = _rounded(wide, scale, low, high)
         else:
-            qmin, qmax = ctx.limits
-            low, high = (qmin - zero_point - 0.5) * scale, (qmax - zero_point + 0.5) * scale
-            inside = grad * ((x > low) & (x < high))
-        _, learns_scale, learns_zero_point = ctx.needs_input_grad[:3]
-        grad_scale = grad_zero_point = None
-        if learns_scale or learns_zero_point:
-            outside = grad - inside
-            if learns_scale:
-                # Two sums of their own: in one of (result * grad - x * inside) the digits of the first would be lost.
-                grad_scale = (_sum(inside, result - x, scale) + _sum(outside, result, scale)) / scale
-            if learns_zero_point:
-                grad_zero_point = _sum(outside, None, scale) * -scale
-        return inside, grad_scale, grad_zero_point, None, None
+            result = (wide / grid.scale).round_().clamp_(low, high).mul_(grid.scale)
+        bounds: Bounds = (0.0 if rectifies else (low - 0.5) * scale, (high + 0.5) * scale)
+    else:
+        lows, highs = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
+        result = torch.clamp((wide / grid.scale).round_(), lows, highs).mul_(grid.scale)
+        bounds = (lows - 0.5) * grid.scale, (highs + 0.5) * grid.scale
+    return result.to(x.dtype), bounds
+
+
+def round_backward(
+    grad: Tensor, x: Tensor, result: Tensor, grid: Encoding, bounds: Bounds, of_scale: bool, of_zero_point: bool
+) -> tuple[Tensor, Any, Any]:
+    """The gradients to x, scale and zero point, those two None where not asked for.
+
+    They are shaped as the grid's scale, and numbers where there is one grid on the processor.
+    """
+    numbers = grid.scalars
+    if numbers is not None:
+        inside = torch.ops.aten.hardtanh_backward(grad.contiguous(), x.contiguous(), *bounds)
+    else:
+        inside = grad * ((x > bounds[0]) & (x < bounds[1]))
+    if not of_scale and not of_zero_point:
+        return inside, None, None
+    scale = grid.scale if numbers is None or x.device.type != "cpu" else numbers[0]
+    # Two sums of their own: in one of (result * grad - x * inside) the digits of the first would be lost.
+    rest = result - x
+    within = _sum(inside, rest, grid.scale)
+    outside = torch.sub(grad, inside, out=rest)
+    slope = (within + _sum(outside, result, grid.scale)) / scale if of_scale else None
+    return inside, slope, _sum(outside, None, grid.scale) * -scale if of_zero_point else None
 
 
 def _rounded(x: Tensor, scale: float, low: float, high: float) -> Tensor:
@@ -147,9 +174,10 @@ def _rounded(x: Tensor, scale: float, low: float, high: float) -> Tensor:
     return x.div(scale).round_().clamp_(low, high).mul_(scale)
 
 
-def _sum(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
-    """The sum of a * b (or of a) over all but the axes of `like`, in its dtype."""
+def _sum(a: Tensor, b: Tensor | None, like: Tensor) -> Any:
+    """The sum of a * b (or of a) over all but the axes of `like`, in its dtype; a number for all on the processor."""
     a = a.to(like.dtype)
     if like.dim() == 0:
-        return a.sum() if b is None else torch.dot(a.reshape(-1), b.to(like.dtype).reshape(-1))
+        total = a.sum() if b is None else torch.dot(a.reshape(-1), b.to(like.dtype).reshape(-1))
+        return total.item() if a.device.type == "cpu" else total
     return (a if b is None else a * b).sum_to_size(like.shape)

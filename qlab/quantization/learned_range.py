@@ -6,11 +6,13 @@ the smallest scale, so that the grid is valid after every step.
 """
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlab.quantization.encoding import Encoding
+from qlab.quantization.fake_quantize import fake_quantize, round_backward, round_forward
 
 
 class LearnedRange(nn.Module):
@@ -60,6 +62,20 @@ class LearnedRange(nn.Module):
             low = torch.zeros_like(self.high) if self.low is None else self.low
             return bool(((self.high <= 0) & (low >= 0)).any() or (self.high < 0).any() or (low > 0).any())
 
+    @property
+    def begins_at_zero(self) -> bool:
+        """Whether there is one grid, and 0 is and stays its smallest value."""
+        return self.low is None and self._template.qmin == 0 and self.high.dim() == 0
+
+    def quantize(self, x: Tensor, rectifies: bool = False) -> Tensor:
+        """`x` rounded to the grid of the present ends, with gradients to `x` and to them.
+
+        rectifies: `x` stands for relu(x); only where the grid begins at zero.
+        """
+        if not self.is_one_range:
+            return fake_quantize(x, self.encoding())
+        return _Rounding.apply(x, self.low, self.high, self, rectifies)
+
     def encoding(self) -> Encoding:
         """The grid of the present ends; differentiable where gradients are enabled."""
         if torch.is_grad_enabled():
@@ -69,10 +85,17 @@ class LearnedRange(nn.Module):
             self._cached = (key, self._encoding())
         return self._cached[1]
 
+    @property
+    def factor(self) -> float:
+        """What gradients of the ends are multiplied by."""
+        return 1.0 / math.sqrt(self.lsq_elements * self._template.qmax) if self.lsq_elements else 1.0
+
     def _encoding(self) -> Encoding:
         given = self._template
-        factor = 1.0 / math.sqrt(self.lsq_elements * given.qmax) if self.lsq_elements else 1.0
-        scale, zero_point = _Grid.apply(self.low, self.high, given.qmin, given.qmax, factor)
+        if torch.is_grad_enabled():
+            scale, zero_point = _Grid.apply(self.low, self.high, given.qmin, given.qmax, self.factor)
+        else:
+            scale, zero_point = _grid_of(self.low, self.high, given.qmin, given.qmax)
         return Encoding(scale, zero_point, given.qmin, given.qmax, given.axis, given.block_size, given.block_axis)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -91,40 +114,95 @@ def _needs_no_low(encoding: Encoding) -> bool:
 
 
 class _Grid(torch.autograd.Function):
-    """(low, high) to (scale, zero point): one node of the graph, where ten small ones would cost more than the layer.
-
-    Gradients are those of s = (high - low) / N and z = qmin - low / s (symmetric: s = high / qmax), times `factor`; an
-    end beyond zero, and a range at the smallest scale, has none.
-    """
+    """(low, high) to (scale, zero point), differentiable: one node of the graph."""
 
     @staticmethod
     def forward(ctx, low, high, qmin, qmax, factor):  # type: ignore[no-untyped-def]
-        floor = min(1.2e-7, 0.01 / (qmax - qmin))
-        top = high.clamp_min(0.0)
+        scale, zero_point = _grid_of(low, high, qmin, qmax)
         if low is None:
-            ctx.steps = qmax
-            scale = (top / qmax).clamp_min_(floor)
-            zero_point = torch.zeros_like(scale)
             ctx.mark_non_differentiable(zero_point)
-            ctx.save_for_backward(high, scale)
-        else:
-            ctx.steps = qmax - qmin
-            bottom = low.clamp_max(0.0)
-            scale = ((top - bottom) / ctx.steps).clamp_min_(floor)
-            zero_point = (qmin - bottom / scale).round_().clamp_(qmin, qmax)
-            ctx.save_for_backward(high, scale, low)
-        ctx.floor, ctx.factor = floor, factor
+        ctx.save_for_backward(high, scale, *(() if low is None else (low,)))
+        ctx.limits, ctx.factor = (qmin, qmax), factor
         return scale, zero_point
 
     @staticmethod
     def backward(ctx, of_scale, of_zero_point):  # type: ignore[no-untyped-def]
         high, scale, *lows = ctx.saved_tensors
-        if not lows:
-            slope = of_scale * (ctx.factor / ctx.steps)
-            return None, slope * ((high >= 0) & (scale > ctx.floor)), None, None, None
-        low = lows[0]
-        share = of_zero_point / scale
-        # dz/ds = low / s^2
-        slope = (of_scale + share * low.clamp_max(0.0) / scale) * ((scale > ctx.floor) / ctx.steps)
-        of_low = (-slope - share) * (low <= 0) * ctx.factor
-        return of_low, slope * (high >= 0) * ctx.factor, None, None, None
+        low = lows[0] if lows else None
+        return *_slopes(of_scale, of_zero_point, low, high, scale, *ctx.limits, ctx.factor), None, None, None
+
+
+class _Rounding(torch.autograd.Function):
+    """A tensor rounded to the grid of its range: one node of the graph, where training has one in every layer."""
+
+    @staticmethod
+    def forward(ctx, x, low, high, learned, rectifies):  # type: ignore[no-untyped-def]
+        encoding = learned.encoding()
+        grid = encoding.over(x.shape)
+        result, ctx.bounds = round_forward(x, grid, rectifies)
+        ctx.grid, ctx.scale, ctx.factor = grid, encoding.scale, learned.factor
+        ctx.save_for_backward(x, result, high, *(() if low is None else (low,)))
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, result, high, *lows = ctx.saved_tensors
+        grid, learns = ctx.grid, any(ctx.needs_input_grad[1:3])
+        inside, of_scale, of_zero_point = round_backward(
+            grad, x, result, grid, ctx.bounds, learns, learns and bool(lows)
+        )
+        if not learns:
+            return inside, None, None, None, None
+        low = lows[0] if lows else None
+        if isinstance(of_scale, float):
+            scale = grid.scalars[0]
+            ends = None if low is None else low.item(), high.item()
+            found = _slopes(of_scale, of_zero_point, *ends, scale, grid.qmin, grid.qmax, ctx.factor)
+            of_ends = (None if slope is None else torch.full_like(high, slope) for slope in found)
+        else:
+            shape = high.shape
+            of_zero_point = None if low is None else of_zero_point.view(shape)
+            of_ends = _slopes(
+                of_scale.view(shape), of_zero_point, low, high, ctx.scale, grid.qmin, grid.qmax, ctx.factor
+            )
+        return inside, *of_ends, None, None
+
+
+def _floor(qmin: int, qmax: int) -> float:
+    """The smallest scale."""
+    return min(1.2e-7, 0.01 / (qmax - qmin))
+
+
+def _grid_of(low: Tensor | None, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """(scale, zero point) of the ends, without gradient: s = (high - low) / N, z = qmin - low / s."""
+    floor = _floor(qmin, qmax)
+    if high.dim() == 0 and high.device.type == "cpu":  # numbers cost less than tensors of one element
+        bottom = 0.0 if low is None else min(low.item(), 0.0)
+        scale = high.new_tensor(max((max(high.item(), 0.0) - bottom) / (qmax if low is None else qmax - qmin), floor))
+        ratio = bottom / scale.item()
+        zero = float(min(max(qmin - round(ratio), qmin), qmax)) if math.isfinite(ratio) else math.nan
+        return scale, torch.full_like(scale, 0.0 if low is None else zero)
+    top = high.clamp_min(0.0)
+    if low is None:
+        scale = (top / qmax).clamp_min_(floor)
+        return scale, torch.zeros_like(scale)
+    bottoms = low.clamp_max(0.0)
+    scale = ((top - bottoms) / (qmax - qmin)).clamp_min_(floor)
+    return scale, (qmin - bottoms / scale).round_().clamp_(qmin, qmax)
+
+
+def _slopes(
+    of_scale: Any, of_zero_point: Any, low: Any, high: Any, scale: Any, qmin: int, qmax: int, factor: float
+) -> tuple[Any, Any]:
+    """The gradients to (low, high), of numbers or tensors, times `factor`.
+
+    They are those of s = (high - low) / N and z = qmin - low / s (symmetric: s = high / qmax); an end beyond zero, and
+    a range at the smallest scale, has none.
+    """
+    moves = scale > _floor(qmin, qmax)
+    if low is None:
+        return None, of_scale * (factor / qmax) * ((high >= 0) & moves)
+    share = of_zero_point / scale
+    # dz/ds = low / s^2
+    slope = (of_scale + share * (low * (low <= 0)) / scale) * moves / (qmax - qmin)
+    return (-slope - share) * (low <= 0) * factor, slope * (high >= 0) * factor

@@ -303,7 +303,11 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` rounded to the grid; `x` itself when disabled. Never changes `x`."""
-        return fake_quantize(x, self.required_encoding()) if self._enabled else x
+        if not self._enabled:
+            return x
+        if self.learned is not None and torch.is_grad_enabled():
+            return self.learned.quantize(x)
+        return fake_quantize(x, self.required_encoding())
 
     def quantize_(self, x: Tensor) -> Tensor:
         """Changes `x`: rounds it to the grid in place, without gradient."""

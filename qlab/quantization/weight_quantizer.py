@@ -3,6 +3,7 @@
 It reads its range from the weight itself, and keeps the quantized weight until weight or encoding change.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from qlab.mapped import in_file, is_mapped, let_go
 from qlab.quantization.encoding import Encoding
 from qlab.quantization.fake_quantize import dequantize, fake_quantize
 from qlab.quantization.quantizer import Quantizer, QuantizerState
-from qlab.quantization.ranges import find_encoding
+from qlab.quantization.ranges import encoding_of_range, find_encoding
 from qlab.quantization.spec import QuantSpec, Scheme
 from qlab.quantization.statistics import Sample, Statistics
 
@@ -152,7 +153,9 @@ class WeightQuantizer(Quantizer):
         self.__dict__["_fitted"] = self._fingerprint()
         weight, spec = self.weight.detach(), self._spec
         try:
-            if spec.granularity.kind == "per_tensor":
+            if spec.granularity.kind == "per_tensor" and spec.rule.name == "min_max" and spec.known_range is None:
+                found = encoding_of_range(*_ends(weight), spec)  # training asks for it at each step
+            elif spec.granularity.kind == "per_tensor":
                 found = find_encoding(_sample(weight.reshape(1, -1), spec), spec)
             elif spec.granularity.kind == "per_channel" or weight.dim() < 2:
                 rows = weight.movedim(self.axis, 0).reshape(weight.shape[self.axis], -1)
@@ -161,7 +164,8 @@ class WeightQuantizer(Quantizer):
                 found = self._per_block(weight, spec)
         except NonFiniteData:
             raise SpecError(f"the weight of {self.name!r} holds NaN or infinity; it has no grid.") from None
-        self.encoding = found.to(weight.device)
+        # Not by assignment: nn.Module's own way costs more than the range does.
+        Quantizer.encoding.fset(self, found if weight.device.type == "cpu" else found.to(weight.device))  # type: ignore[attr-defined]
         let_go(self.weight)
         if self.rounding_is_stale:
             self._let_go()
@@ -194,6 +198,8 @@ class WeightQuantizer(Quantizer):
 
     def differentiable(self) -> Tensor:
         """The quantized weight with a straight-through gradient, computed anew."""
+        if self.learned is not None:
+            return self.learned.quantize(self.weight)
         encoding = self.required_encoding()
         rounded = fake_quantize(self.weight, encoding)
         codes = self.rounding
@@ -259,6 +265,14 @@ class WeightQuantizer(Quantizer):
         self._fitted = self._fingerprint() if state["_fitted"] else None
         if state["_rounding"] is not None:
             self._rounding = (*state["_rounding"], self._fingerprint())
+
+
+def _ends(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest value []; raises NonFiniteData where one is none."""
+    low, high = torch.aminmax(weight) if weight.numel() else (weight.new_zeros(()),) * 2
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        raise NonFiniteData("holds NaN or infinity")
+    return low, high
 
 
 def _sample(rows: Tensor, spec: QuantSpec) -> Sample:
