@@ -128,8 +128,8 @@ class _Grid(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_scale, of_zero_point):  # type: ignore[no-untyped-def]
         high, scale, *lows = ctx.saved_tensors
-        low = lows[0] if lows else None
-        return *_slopes(of_scale, of_zero_point, low, high, scale, *ctx.limits, ctx.factor), None, None, None
+        low, (qmin, qmax) = lows[0] if lows else None, ctx.limits
+        return *_slopes(of_scale, of_zero_point, low, high, scale, qmin, qmax, ctx.factor), None, None, None
 
 
 class _Rounding(torch.autograd.Function):
@@ -153,19 +153,13 @@ class _Rounding(torch.autograd.Function):
         )
         if not learns:
             return inside, None, None, None, None
-        low = lows[0] if lows else None
+        scale, low, top = ctx.scale, lows[0] if lows else None, high
         if isinstance(of_scale, float):
-            scale = grid.scalars[0]
-            ends = None if low is None else low.item(), high.item()
-            found = _slopes(of_scale, of_zero_point, *ends, scale, grid.qmin, grid.qmax, ctx.factor)
-            of_ends = (None if slope is None else torch.full_like(high, slope) for slope in found)
+            scale, low, top = grid.scalars[0], None if low is None else low.item(), high.item()
         else:
-            shape = high.shape
-            of_zero_point = None if low is None else of_zero_point.view(shape)
-            of_ends = _slopes(
-                of_scale.view(shape), of_zero_point, low, high, ctx.scale, grid.qmin, grid.qmax, ctx.factor
-            )
-        return inside, *of_ends, None, None
+            of_scale, of_zero_point = (None if of is None else of.view(high.shape) for of in (of_scale, of_zero_point))
+        of_ends = _slopes(of_scale, of_zero_point, low, top, scale, grid.qmin, grid.qmax, ctx.factor)
+        return inside, *(torch.full_like(high, of) if isinstance(of, float) else of for of in of_ends), None, None
 
 
 def _floor(qmin: int, qmax: int) -> float:

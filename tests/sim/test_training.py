@@ -121,6 +121,63 @@ def test_gradients_of_the_ends_equal_finite_differences(qmin):
         assert float(end.grad) == pytest.approx(want, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize("axis", [None, 1])
+def test_a_range_in_training_passes_the_gradients_of_finite_differences(scheme, axis):
+    """In float64, against a surrogate whose rounding errors are frozen; the ends too narrow, so that values clip."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(60, 3, dtype=torch.float64) * 2 + 0.5, torch.randn(60, 3, dtype=torch.float64)
+    quantizer = Quantizer(QuantSpec(4, scheme, "per_tensor" if axis is None else "per_channel"), "x", axis)
+    quantizer.observe(x * 0.7)
+    quantizer.refresh()
+    quantizer.learn_range()
+    learned = quantizer.learned
+    ends = [end for end in (learned.low, learned.high) if end is not None]
+    for end in ends:
+        end.data = end.data.double()
+    x.requires_grad_()
+    (quantizer(x) * weight).sum().backward()
+    grid = learned.encoding()
+    n, qmin, qmax = grid.qmax - grid.qmin, grid.qmin, grid.qmax
+    scale, zero = grid.scale.detach(), grid.zero_point.detach()
+    levels = torch.round(x.detach() / scale) + zero
+    error = x.detach() / scale - torch.round(x.detach() / scale)
+
+    def surrogate(x_, *moved):
+        low, high = moved if len(moved) == 2 else (None, moved[0])
+        s = high / qmax if low is None else (high - low) / n
+        # what rounding the zero point added stays, as what rounding the values added does
+        z = zero if low is None else zero + (qmin - low / s) - (qmin - ends[0].detach() / scale)
+        kept = x_ - error * s
+        clipped = torch.where(levels > qmax, (qmax - z) * s, (qmin - z) * s)
+        return (torch.where((levels < qmin) | (levels > qmax), clipped, kept) * weight).sum()
+
+    values = [x.detach(), *(end.detach() for end in ends)]
+    assert bool((levels > qmax).any())
+    for position, leaf in enumerate((x, *ends)):
+        flat = leaf.grad.flatten()
+        for index in range(0, flat.numel(), 7):
+            pair = []
+            for delta in (1e-6, -1e-6):
+                moved = [value.clone() for value in values]
+                moved[position].view(-1)[index] += delta
+                pair.append(float(surrogate(*moved)))
+            assert float(flat[index]) == pytest.approx((pair[0] - pair[1]) / 2e-6, rel=1e-5, abs=1e-5)
+
+
+def test_a_range_that_is_no_number_gives_no_number_and_no_error():
+    sim, x, _ = make()
+    sim.qat("range_learning")
+    assert {quantizer.learned.symmetric for quantizer in sim.quantizers.values()} == {True, False}
+    for quantizer in sim.quantizers.values():
+        twin = copy.deepcopy(sim)
+        with torch.no_grad():
+            for end in next(q for q in twin.quantizers.values() if q.name == quantizer.name).learned.parameters():
+                end.fill_(float("nan"))
+        assert bool(twin(x).isnan().any())
+        assert bool(twin.output(x).isnan().any())
+
+
 def test_other_bits_in_training_keep_the_parameters_that_the_optimizer_holds_and_the_range():
     sim, x, y = make()
     sim.qat("range_learning")
