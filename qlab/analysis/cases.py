@@ -1,6 +1,6 @@
 """Cases: the configurations that an analysis scores, as data that can be sent to a worker."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from qlab.analysis.bits import Bits
@@ -26,15 +26,15 @@ class Case:
         """The case that this one is compared with: all quantized for 'disabled', else nothing."""
         return Case("both", self.bits) if self.mode == "disabled" else Case("float")
 
-    def quantizes(self, key: str) -> bool:
-        """Whether the quantizer with this key in `sim.quantizers` is on."""
+    def quantized(self, keys: Set[str]) -> Set[str]:
+        """Which of the quantizers with these keys in `sim.quantizers` are on."""
         if self.mode == "both":
-            return True
+            return keys
         if self.mode in ("weights only", "activations only"):
-            return key.endswith(":weight") == (self.mode == "weights only")
+            return {key for key in keys if key.endswith(":weight") == (self.mode == "weights only")}
         if self.unit is None:
-            return False
-        return (key in self.unit.quantizers) == (self.mode == "enabled")
+            return frozenset()
+        return keys & set(self.unit.quantizers) if self.mode == "enabled" else keys - set(self.unit.quantizers)
 
     def __str__(self) -> str:
         return self.mode if self.unit is None else f"{self.unit} {self.mode}, {self.bits} bits"

@@ -14,21 +14,45 @@ from qlab.sim.evaluate import float_tensors
 COLUMNS = 4  # kl, predictions, signal, noise
 
 
-def divergence_rows(reference: Any, output: Any) -> Tensor:
-    """(KL summed over predictions, predictions, signal, noise) of each sample, float64 [samples, 4].
+class Divergence:
+    """Compares results with one reference result, whose own part is computed once."""
 
-    KL(softmax(reference) || softmax(output)) in nats over the classes of the first float tensor (axis 1 of images,
-    else the last), NaN where there are no classes. Signal and noise are sums of squares over all float tensors.
-    """
-    pairs = list(zip(float_tensors(reference), float_tensors(output), strict=True))
-    if not pairs:
-        return torch.zeros(0, COLUMNS, dtype=torch.float64)
-    sizes = {wanted.shape[0] if wanted.dim() else 0 for wanted, _ in pairs}
-    samples = (sizes.pop() or 1) if len(sizes) == 1 else 1
-    signal = sum(w.double().square().reshape(samples, -1).sum(1) for w, _ in pairs)
-    noise = sum((w.double() - o.double()).square().reshape(samples, -1).sum(1) for w, o in pairs)
-    kl, count = _kl(*pairs[0], samples)
-    return torch.stack([kl, count, signal, noise], 1).cpu()
+    def __init__(self, reference: Any) -> None:
+        self._tensors = float_tensors(reference)
+        self._wide = [tensor.double() for tensor in self._tensors]
+        sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in self._tensors}
+        self._samples = (sizes.pop() or 1) if len(sizes) == 1 else 1
+        self._signal = sum(wide.square().reshape(self._samples, -1).sum(1) for wide in self._wide)
+        first = self._tensors[0] if self._tensors else torch.zeros(())
+        self._axis = class_axis(first) if first.dim() and first.shape[0] == self._samples else None
+        self._log_p = None if self._axis is None else self._wide[0].log_softmax(self._axis)
+
+    def rows(self, output: Any) -> Tensor:
+        """(KL summed over predictions, predictions, signal, noise) of each sample, float64 [samples, 4].
+
+        KL(softmax(reference) || softmax(output)) in nats over the classes of the first float tensor (axis 1 of images,
+        else the last), NaN where there are no classes. Signal and noise are sums of squares over all float tensors.
+        """
+        outputs = [tensor.double() for tensor in float_tensors(output)]
+        if not self._tensors:
+            return torch.zeros(0, COLUMNS, dtype=torch.float64)
+        pairs = zip(self._wide, outputs, strict=True)
+        noise = sum((wanted - found).square().reshape(self._samples, -1).sum(1) for wanted, found in pairs)
+        kl, count = self._kl(outputs[0])
+        return torch.stack([kl, count, self._signal, noise], 1).cpu()
+
+    def _kl(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        if self._log_p is None or self._axis is None:
+            nothing = torch.full((self._samples,), math.nan, dtype=torch.float64, device=output.device)
+            return nothing, torch.ones_like(nothing)
+        kl = (self._log_p.exp() * (self._log_p - output.log_softmax(self._axis))).sum(self._axis)
+        kl = kl.reshape(self._samples, -1)
+        return kl.sum(1), torch.full_like(kl[:, 0], kl.shape[1])
+
+
+def divergence_rows(reference: Any, output: Any) -> Tensor:
+    """What `Divergence.rows` says of one result."""
+    return Divergence(reference).rows(output)
 
 
 def class_axis(logits: Tensor) -> int | None:
@@ -48,13 +72,3 @@ def decibel(sums: Tensor) -> Tensor:
     """SQNR in dB from sums [.., 4]; infinite without noise."""
     signal, noise = sums[..., 2], sums[..., 3]
     return torch.where(noise == 0, math.inf, 10 * torch.log10(signal / noise))
-
-
-def _kl(reference: Tensor, output: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    axis = class_axis(reference)
-    if axis is None or reference.shape[0] != samples:
-        nothing = torch.full((samples,), math.nan, dtype=torch.float64, device=reference.device)
-        return nothing, torch.ones_like(nothing)
-    p, q = (logits.double().log_softmax(axis) for logits in (reference, output))
-    kl = (p.exp() * (p - q)).sum(axis).reshape(samples, -1)
-    return kl.sum(1), torch.full_like(kl[:, 0], kl.shape[1])

@@ -4,7 +4,7 @@ Values of the float run serve every 'enabled' case, values of the fully quantize
 those of full runs, bit for bit (Replay).
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from qlab.analysis.shadow import shadow
 from qlab.analysis.units import acting_layers
 from qlab.graph import Layer, Replay
 from qlab.sim import QuantSim, Role
+
+_QUANTIZED = ("both", "disabled")  # modes that start from the values of the fully quantized run
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ class Sweep:
         widths = dict.fromkeys(case.bits for case in cases if case.bits is not None) or {Bits(): None}
         self._shadows = {bits: shadow(sim, bits) for bits in widths}
         self._default = next(iter(self._shadows))
-        self._on = {key for key, quantizer in self.sim.quantizers.items() if quantizer.enabled}
-        self._is_on = {bits: set(self._on) for bits in self._shadows}
+        self._on: Set[str] = {key for key, quantizer in self.sim.quantizers.items() if quantizer.enabled}
+        self._is_on: dict[Bits, Set[str]] = dict.fromkeys(self._shadows, self._on)
+        self._own = _quantizers_of_layers(self.sim)
         self._kept = self._boundaries()
         self._now: tuple[Bits, QuantSim] = self._default, self.sim
 
@@ -56,7 +59,7 @@ class Sweep:
         """The shadow on which this case holds; valid until the next call."""
         bits = case.bits or self._default
         twin = self._shadows[bits]
-        wanted = {key for key in self._on if case.quantizes(key)}
+        wanted = case.quantized(self._on)
         for key in wanted ^ self._is_on[bits]:
             twin.quantizers[key].enabled = key in wanted
         self._is_on[bits] = wanted
@@ -65,23 +68,24 @@ class Sweep:
 
     @torch.no_grad()
     def outputs(self, batches: Sequence[Any], cases: Sequence[Case] | None = None) -> Iterator[tuple[Case, list[Any]]]:
-        """(case, the model's result on each batch) for every case, in their order but one bit width after the other."""
+        """(case, the model's result on each batch) for every case: one bit width after the other, and of each the cases
+        that are nearly float before those that are nearly all quantized, so that few quantizers are switched between
+        two of them, and few weights rounded anew."""
         flat = [self.sim.inputs(batch) for batch in batches]
         asked = list(self.cases if cases is None else cases)
         of_float = self._replay(flat, Case("float"))
-        yield from self._run([case for case in asked if case.bits is None], of_float, None)
-        for bits in dict.fromkeys(case.bits for case in asked if case.bits is not None):
+        for bits in dict.fromkeys(case.bits for case in asked):
             own = [case for case in asked if case.bits == bits]
-            needed = any(case.mode in ("both", "disabled") for case in own)
-            of_sim = self._replay(flat, Case("both", bits)) if needed else None
-            yield from self._run(own, of_float, of_sim)
-            self._count(of_sim)
+            yield from self._run([case for case in own if case.mode not in _QUANTIZED], of_float)
+            if quantized := [case for case in own if case.mode in _QUANTIZED]:
+                of_sim = self._replay(flat, Case("both", bits))
+                yield from self._run(quantized, of_sim)
+                self._count(of_sim)
         self._count(of_float)
 
-    def _run(self, cases: list[Case], of_float: Replay, of_sim: Replay | None) -> Iterator[tuple[Case, list[Any]]]:
+    def _run(self, cases: list[Case], replay: Replay) -> Iterator[tuple[Case, list[Any]]]:
         for case in cases:
             self.switch_to(case)
-            replay = of_sim if of_sim is not None and case.mode in ("both", "disabled") else of_float
             yield case, replay.outputs(commit=False)
 
     def _replay(self, flat: list[Any], case: Case) -> Replay:
@@ -102,11 +106,12 @@ class Sweep:
 
     def _fingerprint(self, layer: Layer) -> Hashable:
         bits, sim = self._now
-        entry = sim.placed[layer.name]
-        weight = entry.weight is not None and entry.weight.enabled
-        output = entry.role is Role.QUANTIZED and entry.output is not None and entry.output.enabled
-        bias = weight and not entry.carries_weight and sim.bias_scale(layer) is not None
-        return (bits, weight, output, bias) if weight or output else None
+        (own_weight, own_output), on = self._own[layer.index], self._is_on[bits]
+        weight, output = own_weight in on, own_output in on
+        if not (weight or output):
+            return None
+        bias = weight and not sim.placed[layer.name].carries_weight and sim.bias_scale(layer) is not None
+        return bits, weight, output, bias
 
     def _boundaries(self) -> set[int]:
         """The layers whose values some case starts from: what changed layers read from unchanged ones; and results."""
@@ -119,3 +124,14 @@ class Sweep:
     def _count(self, replay: Replay | None) -> None:
         if replay is not None:
             self.work += Work(replay.counts.layer_calls, replay.counts.forwards)
+
+
+def _quantizers_of_layers(sim: QuantSim) -> list[tuple[str, str]]:
+    """By layer the keys in `sim.quantizers` of its weight's and its own output's quantizer, '' where it has none."""
+    keys = {id(quantizer): key for key, quantizer in sim.quantizers.items()}
+    found = []
+    for layer in sim.graph:
+        entry = sim.placed[layer.name]
+        output = entry.output if entry.role is Role.QUANTIZED else None
+        found.append((keys.get(id(entry.weight), ""), keys.get(id(output), "")))
+    return found

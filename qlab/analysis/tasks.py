@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qlab.analysis.cases import Case
-from qlab.analysis.divergence import divergence_rows
+from qlab.analysis.divergence import Divergence
 from qlab.analysis.ledger import Outcome, scored
 from qlab.analysis.sweep import Sweep, Work
 from qlab.errors import Cancelled
@@ -51,17 +51,16 @@ def run_piece(sweep: Sweep, piece: Piece) -> Iterator[Outcome]:
         return
     base = Case("float")
     needed = list(dict.fromkeys((base, *piece.cases)))
-    reference: list[Any] = []
+    reference: list[Divergence] = []
     reported = set(piece.cases)
     for case, outputs in sweep.outputs(piece.batches, needed):
-        reference = reference or outputs
+        reference = reference or list(map(Divergence, outputs))
         if case in reported:
             yield _outcome(sweep.sim, piece, case, reference, outputs)
 
 
-def _outcome(sim: QuantSim, piece: Piece, case: Case, reference: list[Any], outputs: list[Any]) -> Outcome:
-    pairs = zip(reference, outputs, strict=True)
-    divergence = torch.cat([divergence_rows(wanted, output) for wanted, output in pairs])
+def _outcome(sim: QuantSim, piece: Piece, case: Case, reference: list[Divergence], outputs: list[Any]) -> Outcome:
+    divergence = torch.cat([wanted.rows(output) for wanted, output in zip(reference, outputs, strict=True)])
     evaluation = piece.evaluation
     if evaluation is None:
         return Outcome(case, piece.first, divergence=divergence)

@@ -89,8 +89,8 @@ class Replay:
     def keys(self) -> list[int]:
         """The present key of every layer."""
         keys: list[int] = []
-        for layer in self.graph:
-            keys.append(hash((layer.index, self.fingerprint(layer), *(keys[i.index] for i in layer.inputs))))
+        for layer in self.graph.layers:
+            keys.append(hash((layer.index, self.fingerprint(layer), *[keys[i.index] for i in layer.inputs])))
         return keys
 
     def forget(self) -> None:
@@ -131,20 +131,21 @@ class Replay:
 
     def _execute(self, stored: _Stored, run: list[bool], keys: list[int], wanted: set[int], commit: bool) -> list[Any]:
         values: list[Any] = [None] * len(self.graph)
-        waiting = [0] * len(self.graph)  # uses of a value that are still to come
-        for layer in self.graph:
-            if run[layer.index]:
-                for source in layer.inputs:
-                    waiting[source.index] += 1
-        inputs = {layer.index: value for layer, value in zip(self.graph.input_layers, stored.inputs, strict=True)}
-        for layer in self.graph:
-            index = layer.index
+        for index in wanted:
             if not run[index]:
-                if waiting[index] or index in wanted:
-                    values[index] = stored.values[index]
-                continue
+                values[index] = stored.values[index]
+        running = [layer for layer in self.graph.layers if run[layer.index]]
+        waiting = [0] * len(self.graph)  # uses of a value that are still to come
+        for layer in running:
+            for source in layer.inputs:
+                waiting[source.index] += 1
+                if not run[source.index]:
+                    values[source.index] = stored.values[source.index]
+        inputs = {layer.index: value for layer, value in zip(self.graph.input_layers, stored.inputs, strict=True)}
+        for layer in running:
+            index = layer.index
             args = (inputs[index],) if layer.kind == "input" else fill(layer.args, values)
-            values[index] = self.call(layer, args, fill(layer.kwargs, values))
+            values[index] = self.call(layer, args, fill(layer.kwargs, values) if layer.kwargs else {})
             self.counts.layer_calls += 1
             self.counts.forwards += self._shares[index]
             if commit:

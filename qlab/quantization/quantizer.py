@@ -164,9 +164,10 @@ class Quantizer(nn.Module):
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
-        if bool(enabled) != self._enabled:
-            self._enabled = bool(enabled)
-            self.version += 1
+        own = self.__dict__  # a sweep over layers switches thousands of times: spare nn.Module's
+        if bool(enabled) != own["_enabled"]:
+            own["_enabled"] = bool(enabled)
+            own["version"] += 1
 
     @property
     def frozen(self) -> bool:
