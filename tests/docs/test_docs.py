@@ -1,22 +1,29 @@
 """The pages: their links lead somewhere, their tables are those of the declarations, their code runs."""
 
 import importlib.util
+import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from urllib.parse import unquote
 
+import nbformat
 import pytest
 import torch
+from IPython.core.inputtransformer2 import TransformerManager
 from torch import nn
 
 import qlab
+from qlab.plots import Plot
 from qlab.techniques import TECHNIQUES
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+PARTS = ("sim", "quantization", "techniques", "analysis", "lab", "views", "plots", "examples")
+ROOMS = ["qlab", *(f"qlab.{name}" for name in PARTS)]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)[^)]*\)")
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -70,6 +77,25 @@ def test_examples_in_docstrings_stand_in_fences():
     assert module("doctests").fenced(text) == "Adds.\n\n```pycon\n>>> 1 + 1\n2\n```\n\nAnd so on."
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_reference_has_everything_public(room: str):
+    """What a room exports; a figure's class is told by the function that draws it."""
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (REPOSITORY / "docs" / "api").glob("*.md"))
+    told = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    exported = importlib.import_module(room)
+    names = [name for name in dir(qlab) if name[0] != "_"] if room == "qlab" else exported.__all__
+    found = [getattr(exported, name) for name in names]
+    ours = [f"{thing.__module__}.{thing.__qualname__}" for thing in found if is_ours(thing)]
+    assert len(ours) > 3
+    assert not [name for name in ours if not any(name == page or name.startswith(f"{page}.") for page in told)]
+
+
+def is_ours(thing: object) -> bool:
+    if inspect.isclass(thing) and issubclass(thing, Plot):
+        return thing is Plot
+    return (inspect.isclass(thing) or inspect.isfunction(thing)) and thing.__module__.startswith("qlab")
+
+
 def test_what_the_page_on_extending_shows_works():
     """A technique, a view and a step of the guidebook, each as written there."""
     from qlab.lab.guidebook import STEPS
@@ -101,21 +127,53 @@ def test_what_the_page_on_extending_shows_works():
                 del registry[name]
 
 
-def test_badges_open_what_there_is_and_are_replaced_not_added():
+@pytest.fixture
+def addressed(tmp_path: Path) -> Path:
+    """A copy of the pages and tutorials, after their badges were written for one tag and then for another."""
+    for name in ("docs", "notebooks"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    shutil.copy(REPOSITORY / "README.md", tmp_path)
     badges = module("badges")
-    names = [path.stem for path in sorted((REPOSITORY / "notebooks").glob("*.ipynb"))]
-    for page, text in (
-        ("README.md", badges.binder("someone/qlab", "v1")),
-        ("docs/tutorials.md", badges.colab("someone/qlab", "v1", names)),
-    ):
-        once = badges.placed((REPOSITORY / page).read_text(encoding="utf-8"), text)
-        assert once.count(text) == 1
-        assert badges.placed(once, text) == once
-        opened = re.findall(r"\]\(https://\S*?(notebooks/\w+\.ipynb)\)", text)
-        assert opened
-        assert all((REPOSITORY / path).exists() for path in opened)
-    assert "someone/qlab/v1?urlpath=lab/tree/notebooks/00_tour.ipynb" in badges.binder("someone/qlab", "v1")
-    assert "%pip install -q git+https://github.com/someone/qlab@v1" in badges.colab("someone/qlab", "v1", names)
+    badges.main(["someone/qlab", "v1"], tmp_path)
+    badges.main(["someone/qlab", "v2"], tmp_path)
+    return tmp_path
+
+
+def test_badges_open_what_there_is_and_are_replaced_not_added(addressed: Path):
+    readme, tutorials = ((addressed / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tutorials.md"))
+    tour = "https://mybinder.org/v2/gh/someone/qlab/v2?urlpath=lab/tree/notebooks/00_tour.ipynb"
+    assert readme.count(f"(https://mybinder.org/badge_logo.svg)]({tour})") == readme.count("mybinder.org/v2") == 1
+    start = re.escape("https://colab.research.google.com/github/someone/qlab/blob/v2/notebooks/")
+    opened = re.findall(rf"\]\({start}(\w+\.ipynb)\)", tutorials)
+    assert opened == sorted(path.name for path in (REPOSITORY / "notebooks").glob("*.ipynb"))
+    assert "qlab/v1" not in readme + tutorials
+
+
+def test_each_tutorial_gets_one_cell_that_installs_in_colab_and_does_nothing_elsewhere(
+    addressed: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for path in sorted((addressed / "notebooks").glob("*.ipynb")):
+        notebook, ours = (nbformat.read(found, as_version=4) for found in (path, REPOSITORY / "notebooks" / path.name))
+        nbformat.validate(notebook)
+        assert [cell for cell in notebook.cells if cell.id != "colab"] == ours.cells
+        assert notebook.cells[1].id == "colab"
+        assert asked_by(notebook.cells[1].source) == []
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, "google", ModuleType("google"))
+            patched.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+            extra = "[hub]" if path.stem == "12_transformer" else ""
+            wanted = f'install -q "qlab{extra} @ git+https://github.com/someone/qlab@v2"'
+            assert asked_by(notebook.cells[1].source) == [("pip", wanted), "widgets"]
+
+
+def asked_by(cell: str) -> list:
+    """What a cell asks of IPython, and of Colab if that is there, when it runs."""
+    asked: list = []
+    shell = SimpleNamespace(run_line_magic=lambda *told: asked.append(told))
+    if colab := sys.modules.get("google.colab"):
+        colab.output = SimpleNamespace(enable_custom_widget_manager=lambda: asked.append("widgets"))
+    exec(TransformerManager().transform_cell(cell), {"get_ipython": lambda: shell})
+    return asked
 
 
 @pytest.mark.slow
