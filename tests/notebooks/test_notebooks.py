@@ -27,7 +27,8 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def cells(path: Path) -> list:
-    return nbformat.read(path, as_version=4).cells
+    """Without the cell that docs/badges.py adds for Colab, which never runs here."""
+    return [cell for cell in nbformat.read(path, as_version=4).cells if "colab" not in cell.metadata.get("tags", [])]
 
 
 def outputs(cells: list) -> list:
@@ -79,6 +80,20 @@ def test_every_live_view_has_a_still_picture_or_a_text(cells: list):
 
 def test_it_asserts_what_it_claims(cells: list):
     assert any("assert " in cell.source for cell in cells if cell.cell_type == "code")
+
+
+def test_after_a_live_view_the_next_cells_assert_on_what_it_shows(cells: list):
+    """What nbval does not compare is asserted, by the cell itself or by one of the two after it."""
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code):
+        if "nbval-ignore-output" in cell.metadata.get("tags", []):
+            assert any("assert " in near.source for near in code[number : number + 3]), cell.source
+
+
+def test_a_cell_that_shows_a_widget_is_not_compared(cells: list):
+    for cell in cells:
+        if any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs([cell])):
+            assert "nbval-ignore-output" in cell.metadata.tags
 
 
 def test_it_ends_with_things_to_try(cells: list):
