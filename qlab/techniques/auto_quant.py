@@ -7,17 +7,16 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from qlab.errors import CaptureError, InputError
-from qlab.graph.findings import Findings
+from qlab.errors import InputError
 from qlab.progress import Progress, Silent
 from qlab.quantization import RangeRule
 from qlab.settings import SettingError, setting
 from qlab.sim import Agreement, Preset, QuantSim
 from qlab.sim.batches import Batches
 from qlab.sim.evaluate import Evaluation, evaluation_of
-from qlab.sim.validate import validate
+from qlab.techniques.auto_quant_model import Admitted, admit
 from qlab.techniques.auto_quant_result import AutoQuantResult
-from qlab.techniques.auto_quant_run import AutoQuantRun
+from qlab.techniques.auto_quant_run import VALIDATE, AutoQuantRun
 from qlab.techniques.stage_store import StageStore, require_writable
 from qlab.techniques.stages import StageRecord
 from qlab.techniques.technique import TECHNIQUES, Technique
@@ -39,12 +38,13 @@ class AutoQuant(Technique):
     `result = AutoQuant(allowed_drop=0.01).apply(sim_or_model, batches, score=score)`: `result.sim` is new,
     `result.stages` says what was tried, what it gained and why it was kept or not, `result.save(folder)` writes it all.
 
-    Stages: validation, where a model is given; the sim as given; with its weights in float (where that misses the
-    target, no technique for weights alone can help: it says so and goes on); BatchNorm folding; every pair of range
-    `rules`, without and with cross-layer equalization; mixed precision where asked for; each rounding technique on the
-    `finalists` best so far; a short QAT where asked for or where labelled batches are given. Ends when the target,
-    float score - allowed_drop, is met. States are ranked by score, equal ones (`within_error`: nearly equal ones, too)
-    by SQNR. What is common is computed once: states are returned to, statistics serve every rule.
+    Stages: validation, where a model is given, and a prepared copy where `qlab.prepare` mends a warning; the sim as
+    given; with its weights in float (where that misses the target, no technique for weights alone can help: it says so
+    and goes on); BatchNorm folding; every pair of range `rules`, without and with cross-layer equalization; mixed
+    precision where asked for; each rounding technique on the `finalists` best so far; a short QAT where asked for or
+    where labelled batches are given. Ends when the target, float score - allowed_drop, is met. States are ranked by
+    score, equal ones (`within_error`: nearly equal ones, too) by SQNR. What is common is computed once: states are
+    returned to, statistics serve every rule.
 
     A stage whose technique or score fails is marked so and the rest goes on. Cancel and the time budget end the search
     with the best so far. With resume_dir an interrupted run goes on where it was. `veto` and `force` name stages, or
@@ -120,16 +120,15 @@ class AutoQuant(Technique):
             require_writable(self.save_dir)
         store = StageStore(self.resume_dir)
         chosen = self._resolved(labelled is not None)
-        findings, started = None, time.perf_counter()
+        admitted, started = None, time.perf_counter()
         if not isinstance(sim, QuantSim):
-            example = first if example is None else example
-            findings = validate(sim, example, preset)
-            try:
-                sim = QuantSim(sim, example, preset)
-            except CaptureError as error:
-                return _not_captured(sim, findings, error)
+            admitted = admit(sim, first if example is None else example, preset)
+            if admitted.sim is None:
+                return _not_captured(sim, admitted)
+            sim = admitted.sim
         elif preset is not None:
             raise InputError("preset= is for models; a QuantSim has its own. Give the model, or leave preset out.")
+        seconds = time.perf_counter() - started
         for batch in data:  # what is wrong with the data is said before the work starts, and not by every stage
             sim.inputs(batch)
         run = AutoQuantRun(
@@ -142,8 +141,8 @@ class AutoQuant(Technique):
             store=store,
             progress=progress or Silent(),
         )
-        if findings is not None:
-            run.validated(findings, time.perf_counter() - started)
+        if admitted is not None:
+            run.validated(admitted, seconds)
         result = run.result()
         if self.save_dir is not None:
             try:
@@ -172,13 +171,13 @@ class AutoQuant(Technique):
         return found
 
 
-def _not_captured(model: nn.Module, findings: Findings, error: CaptureError) -> AutoQuantResult:
+def _not_captured(model: nn.Module, admitted: Admitted) -> AutoQuantResult:
     """The validator's findings in place of a sim."""
-    record = StageRecord("validate", None, verdict="failed", reason=str(error))
+    record = StageRecord(VALIDATE, None, verdict="failed", reason=admitted.reason)
     return AutoQuantResult(
         "AutoQuant",
-        f"{type(model).__name__} cannot be captured: {error}",
+        f"{type(model).__name__} cannot be captured: {admitted.reason}",
         notes=("the findings say what is in the way and how to mend it; qlab.validate(model, example) shows them.",),
         records=(record,),
-        findings=findings,
+        findings=admitted.findings,
     )

@@ -22,6 +22,7 @@ from qlab.sim import Measurement, QuantSim, Snapshot
 from qlab.sim.batches import Batches
 from qlab.sim.evaluate import Evaluation
 from qlab.sim.files import load_state
+from qlab.techniques.auto_quant_model import Admitted
 from qlab.techniques.auto_quant_result import AutoQuantResult
 from qlab.techniques.batch_norm_folding import BatchNormFolding
 from qlab.techniques.cross_layer_equalization import CrossLayerEqualization
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from qlab.techniques.auto_quant import AutoQuant
 
 VALIDATE, FLOAT, GIVEN, WEIGHTS = "validate", "float", "as given", "weights in float"
-_FINDINGS_TOLD = 3
 _ENDED = ("out of time", "cancelled")
 _FOLDERS = ("cache_dir", "checkpoint_dir")
 _NOTHING_DONE = {BatchNormFolding: "folded", CrossLayerEqualization: "pairs"}  # the value that is 0 or missing then
@@ -104,14 +104,11 @@ class AutoQuantRun:
         self._ended_early = False
         self._started = time.perf_counter()
 
-    def validated(self, findings: Findings, seconds: float) -> None:
-        """Records what the validator said of the model, as the first stage."""
-        self.findings = findings
-        told = [f"{finding.code} {finding.layer or ''}: {finding.what}".replace(" :", ":") for finding in findings]
-        reason = "; ".join(told[:_FINDINGS_TOLD]) or "nothing to mend"
-        if len(told) > _FINDINGS_TOLD:
-            reason += f"; and {len(told) - _FINDINGS_TOLD} more, see result.findings"
-        self._record(StageRecord(VALIDATE, None, seconds=seconds, verdict="reference", reason=reason))
+    def validated(self, admitted: Admitted, seconds: float) -> None:
+        """Records what the validator said of the model and whether a copy was prepared, as the first stage."""
+        self.findings = admitted.findings
+        self.notes += [admitted.note] if admitted.note else []
+        self._record(StageRecord(VALIDATE, None, seconds=seconds, verdict="reference", reason=admitted.reason))
 
     def result(self) -> AutoQuantResult:
         """Runs all stages; the best of them."""

@@ -186,6 +186,45 @@ def test_a_model_is_captured_and_calibrated_first_and_never_changed():
         auto().apply(result.sim, data(), preset=qlab.presets.w8a8())
 
 
+def test_a_model_that_prepare_mends_is_prepared_first_as_a_copy(tmp_path):
+    class Reused(nn.Module):
+        """One BatchNorm after two convolutions, so that it cannot be folded, and dropout as a function."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.bn = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.bn(self.second(torch.relu(self.bn(self.first(x))))))
+            return self.head(nn.functional.dropout(x.mean((2, 3)), 0.5, self.training))
+
+    torch.manual_seed(0)
+    model = Reused().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given = {finding.code for finding in qlab.validate(model, data()[0])}
+    assert {"QL201", "QL203"} <= given
+    plain = auto().apply(qlab.QuantSim(model, data()[0]), data(), score=qlab.SQNR(data()))
+    result = auto().apply(model, data(), score=qlab.SQNR(data()))
+    first = result.stages.iloc[0]
+    assert first.stage == "validate"
+    assert first.verdict == "reference"
+    assert first.reason.startswith("prepared a copy, which mends ")
+    assert "'bn' is called 2 times" in first.reason
+    assert "dropout with p=0.5 is a function" in first.reason
+    assert {finding.code for finding in result.findings} == given  # of the model as it was given
+    assert verdicts(plain)["BatchNormFolding"] == "discarded"
+    assert verdicts(result)["BatchNormFolding"] == "effective"  # each call has a module that can be folded
+    assert any("qlab.prepare(model, example)" in note for note in result.notes)
+    with result.sim.quantization_off(), torch.no_grad():
+        assert (result.sim(data()[0]) - model(data()[0])).abs().max() < 1e-5  # folding rounds anew
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not hasattr(model, "bn_1")
+    result.sim.save(tmp_path / "sim.safetensors")
+    loaded = qlab.load(tmp_path / "sim.safetensors", qlab.prepare(model, data()[0]), data()[0])
+    assert torch.equal(loaded.output(data()[0]), result.sim.output(data()[0]))
+
+
 # What goes wrong ----------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +303,16 @@ def test_a_model_that_cannot_be_captured_gives_findings_and_no_traceback():
     assert result.findings[0].code in result._repr_html_()
     with pytest.raises(InputError, match="found no sim"):
         result.save("nowhere")
+
+
+def test_a_model_that_fails_on_the_example_gives_findings_and_no_traceback():
+    result = auto().apply(nn.Linear(3, 2), [torch.randn(2, 5)])
+    assert result.sim is None
+    assert verdicts(result) == {"validate": "failed"}
+    assert "mat1 and mat2" in result.summary
+    assert not result.findings.ok
+    with pytest.raises(InputError, match="found no sim"):
+        result.adopt(quantized())
 
 
 # Steering -----------------------------------------------------------------------------------------------------------
