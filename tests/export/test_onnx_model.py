@@ -14,14 +14,7 @@ from torch import nn
 import qlab
 from tests.export.conftest import network, run_onnx, sim_of
 
-PRESETS = {
-    "w8a8": qlab.presets.w8a8(),
-    "w8a8 by channel, symmetric": qlab.presets.w8a8(per_channel=True, symmetric=True),
-    "w4a8 by channel": qlab.presets.w4a8(per_channel=True),
-    "w8a16": qlab.presets.w8a16(),
-    "w4a4": qlab.presets.w4a4(),
-    "onnxruntime by channel": qlab.presets.onnxruntime(per_channel=True),
-}
+PRESETS = {"w8a8": (8, 8), "w4a8": (4, 8), "w8a16": (8, 16), "w4a4": (4, 4), "onnxruntime": (8, 8)}  # bits
 
 
 def power(x):
@@ -29,17 +22,21 @@ def power(x):
 
 
 @pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["mobilenet", "resnet", "encoder"])
-def test_the_file_computes_what_the_sim_does(tmp_path, name, preset):
-    sim = sim_of(name, PRESETS[preset])
+def test_the_file_computes_what_the_sim_does(tmp_path, name, preset, per_channel):
+    sim = sim_of(name, getattr(qlab.presets, preset)(per_channel=per_channel))
+    weights = [layer.weight for layer in sim.layers.values() if layer.weight is not None]
+    assert {(weight.bits, weight.encoding.scale.dim()) for weight in weights} == {(PRESETS[preset][0], per_channel)}
     sim.export(tmp_path / "m", formats=["onnx"])
     x = network(name).test[0][0][:32]
     ours, theirs = sim.output(x), run_onnx(tmp_path / "m.onnx", x, optimised=sim.preset.int32_bias)[0]
     assert power(ours - theirs) < 0.1 * power(ours - sim.float_output(x))
-    if sim.preset.output.bits <= 8:
-        step = sim[sim.graph.outputs[0].name].output.encoding.scale
-        assert ((ours - theirs).abs() < step / 2).float().mean() > 0.9
+    grid = sim[sim.graph.outputs[0].name].output.encoding
+    assert grid.bits == PRESETS[preset][1]
+    if grid.bits <= 8:
+        assert ((ours - theirs).abs() < grid.scale / 2).float().mean() > 0.9
 
 
 class Mixed(nn.Module):
