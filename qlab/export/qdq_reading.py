@@ -70,13 +70,40 @@ def _grids(model: "ModelProto") -> list[NamedEntry]:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] in arrays:
             pairs[node.output[0] if node.op_type == "QuantizeLinear" else node.input[0]].append(node)
     moved = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type in _MOVES and n.input[0] in constants}
+    beside = _beside_a_bias(model, constants)
     entries: dict[str, NamedEntry] = {}
     for integers, nodes in pairs.items():
         names = _names(integers, nodes)
-        names += tuple(moved[name] for name in names if name in moved)
+        names += tuple(known[name] for known in (moved, beside) for name in names if name in known)
         entry = _entry(names[0], nodes[0], arrays, constants.get(integers))
         entries.setdefault(names[0], NamedEntry(entry, names))
     return list(entries.values())
+
+
+def _beside_a_bias(model: "ModelProto", constants: dict[str, Any]) -> dict[str, str]:
+    """'fc.weight' for a stored weight that nobody named (torchao: '_frozen_param0') and that goes with 'fc.bias'."""
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in model.graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    found: dict[str, str] = {}
+    for start in model.graph.node:
+        if start.op_type != "DequantizeLinear" or start.input[0] not in constants:
+            continue
+        tensor, user = start.output[0], _only(readers[start.output[0]])
+        while user is not None and user.op_type in _MOVES:
+            tensor, user = user.output[0], _only(readers[user.output[0]])
+        if user is None or len(user.input) < 2 or user.input[1] != tensor:
+            continue
+        added = _only(readers[user.output[0]]) if user.op_type == "MatMul" else user
+        biases = [name for name in added.input if name.endswith(".bias") and name in constants] if added else []
+        if len(biases) == 1:
+            found[start.output[0]] = f"{biases[0].removesuffix('.bias')}.weight"
+    return found
+
+
+def _only(nodes: list["NodeProto"]) -> "NodeProto | None":
+    return nodes[0] if len(nodes) == 1 else None
 
 
 def _names(integers: str, nodes: list["NodeProto"]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Grids beside others': what ONNX Runtime's own quantizer wrote, an encodings file, another sim."""
+"""Grids beside others': what ONNX Runtime's own quantizer or torchao wrote, an encodings file, another sim."""
 
 import copy
 import functools
@@ -118,6 +118,30 @@ def test_a_weight_transposed_on_its_way_is_found(exported, tmp_path):
     path, _ = quantized_by_onnxruntime(exported, tmp_path)
     table = qlab.compare_encodings(small()[0], path).set_index("tensor")
     assert table.loc["fc (weight)", "other"] == "fc.weight"
+
+
+def test_what_torchao_found_stands_beside_the_sims_grids_though_it_names_no_weight():
+    folder = RECORDED.parent / "torchao"
+    values = {name: torch.from_numpy(value) for name, value in np.load(folder / "small.npz").items()}
+    x, model = values.pop("x"), Small()
+    model.load_state_dict(values)
+    sim = qlab.QuantSim(model, x, qlab.presets.w8a8(per_channel=True))
+    sim.calibrate([x])
+    constants = {i.name: numpy_helper.to_array(i) for i in onnx.load(folder / "small.onnx").graph.initializer}
+    assert not {"conv.weight", "fc.weight", "head.weight"} & set(constants)
+    table = qlab.compare_encodings(sim, folder / "small.onnx").set_index("tensor")
+    assert set(table.index[table["state"] == "differs"]) == {*WEIGHTS, "x", "relu", "mul"}
+    assert set(table.index[table["state"] == "only here"]) == {"fc", "head"}  # it rounds what kernels read, no more
+    assert set(table["state"]) == {"differs", "only here"}
+    for name in WEIGHTS:  # max / 127.5 there, max / 127 here
+        assert table.loc[name, "scale_difference"] == pytest.approx(1 - 127 / 127.5, rel=1e-3)
+        assert table.loc[name, "other_zero_point"] == 128
+    scale = np.abs(values["fc.weight"].numpy()).max(1) / 127.5
+    assert np.isclose(scale, table.loc["fc (weight)", "other_scale"], rtol=1e-6, atol=0).any()
+    assert table.loc[["x", "relu", "mul"], "scale_difference"].max() < 0.01  # its ranges are a histogram's
+
+
+WEIGHTS = ("conv (weight)", "fc (weight)", "head (weight)")
 
 
 def test_what_matches_nothing_is_listed_with_the_nearest_names(exported, tmp_path):
