@@ -314,11 +314,14 @@ class Quantizer(nn.Module):
         """Changes `x`: rounds it to the grid in place, without gradient."""
         return fake_quantize_(x, self.required_encoding()) if self._enabled else x
 
-    @property
-    def begins_at_zero(self) -> bool:
-        """Whether there is one grid and 0 is its smallest value, so that rounding to it rectifies."""
+    def clamps_at(self, limit: float) -> bool:
+        """Whether rounding to the grid does what clamping to [0, limit] before it would: there is one grid, 0 is its
+        smallest value, and `limit` is rounded to its largest."""
         scalars = self.required_encoding().scalars
-        return scalars is not None and scalars[1] == 0
+        if scalars is None or scalars[1] != 0:
+            return False
+        scale, _, high = scalars
+        return limit / scale >= high - 0.25
 
     def required_encoding(self) -> Encoding:
         """The encoding; raises NotCalibrated where there is none."""

@@ -4,6 +4,7 @@ What can be decided once is decided when a step is made; what a person may chang
 its encoding, a weight) is asked for at each call.
 """
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from qlab.sim.placement import Role
 
 if TYPE_CHECKING:
     from qlab.sim.quant_sim import QuantSim
+
+
+_CLAMPS_AT = {"relu": math.inf, "relu6": 6.0}  # layers that clamp to [0, that], which rounding may do as well
 
 
 class LayerStep:
@@ -37,7 +41,7 @@ class LayerStep:
             self._compute = _WITH_WEIGHT.get(type(layer.module), _functional)
         self._integer = integer_kernel(sim, layer) if sim.preset.int32_bias else None
         self.is_product = _is_product(layer.module)
-        self._is_relu = layer.kind == "relu"
+        self._clamps_at = _CLAMPS_AT.get(layer.kind)
 
     def __call__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's value, on the grid of its output where it has one."""
@@ -48,8 +52,8 @@ class LayerStep:
             value = self._value(layer, args, kwargs)
             if value.requires_grad or output.learned is not None:
                 return output(value)
-        elif self._is_relu and output.begins_at_zero:
-            return output(args[0])  # rounding does what the ReLU before it would
+        elif self._clamps_at is not None and output.clamps_at(self._clamps_at):
+            return output(args[0])
         else:
             value = self._value(layer, args, kwargs)
         return output.quantize_(value) if _is_fresh(value, args, layer) else output(value)
