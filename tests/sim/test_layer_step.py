@@ -1,3 +1,5 @@
+"""A clamp before a grid that clamps as well."""
+
 import pytest
 import torch
 from torch import nn
