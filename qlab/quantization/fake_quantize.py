@@ -32,19 +32,20 @@ def dequantize(codes: Tensor, encoding: Encoding) -> Tensor:
     return (codes.to(scale.dtype) - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, encoding: Encoding) -> Tensor:
+def fake_quantize(x: Tensor, encoding: Encoding, rectifies: bool = False) -> Tensor:
     """`x` rounded to the grid, as a float tensor; differentiable by the straight-through estimator.
 
     Gradient g of the result: to x it passes where x is within half a step of the grid's ends, else it is 0; to the
     scale it is the sum of g * (x_hat - x) / scale inside and g * x_hat / scale outside, to the zero point the sum of
     -g * scale outside. Source: Esser et al. 2020, arXiv:1902.08153; Jain et al. 2020, arXiv:1903.08066.
-    Never changes `x`.
+    Never changes `x`. rectifies: `x` stands for relu(x), and the one grid begins at 0: gradients are those through
+    the ReLU.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad or encoding.scale.requires_grad or encoding.zero_point.requires_grad
     ):
         grid = encoding.over(x.shape)
-        return _FakeQuantize.apply(x, grid.scale, grid.zero_point, grid)
+        return _FakeQuantize.apply(x, grid.scale, grid.zero_point, grid, rectifies)
     scalars = _scalars(x, encoding)
     if scalars is None:
         return fake_quantize_(x.detach().clone(memory_format=torch.preserve_format), encoding)
@@ -98,8 +99,8 @@ class _FakeQuantize(torch.autograd.Function):
     """Keeps x and the result, which the neighbouring layers keep anyway, and no mask."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, grid):  # type: ignore[no-untyped-def]
-        result, ctx.bounds = round_forward(x, grid)
+    def forward(ctx, x, scale, zero_point, grid, rectifies):  # type: ignore[no-untyped-def]
+        result, ctx.bounds = round_forward(x, grid, rectifies)
         ctx.grid = grid
         ctx.save_for_backward(x, result)
         return result
@@ -107,11 +108,11 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, result = ctx.saved_tensors
-        _, of_scale, of_zero_point, _ = ctx.needs_input_grad
+        of_scale, of_zero_point = ctx.needs_input_grad[1:3]
         inside, *of_grid = round_backward(grad, x, result, ctx.grid, ctx.bounds, of_scale, of_zero_point)
         like = ctx.grid.scale
         found = (torch.full_like(like, slope) if isinstance(slope, float) else slope for slope in of_grid)
-        return inside, *found, None
+        return inside, *found, None, None
 
 
 Bounds = tuple[Any, Any]

@@ -5,6 +5,7 @@ the encoding comes from a `LearnedRange` instead.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -302,13 +303,16 @@ class Quantizer(nn.Module):
 
     # Use --------------------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` rounded to the grid; `x` itself when disabled. Never changes `x`."""
+    def forward(self, x: Tensor, rectifies: bool = False) -> Tensor:
+        """`x` rounded to the grid; `x` itself when disabled. Never changes `x`.
+
+        rectifies: `x` stands for relu(x); only for a quantizer at work whose grid begins at zero.
+        """
         if not self._enabled:
             return x
         if self.learned is not None and torch.is_grad_enabled():
-            return self.learned.quantize(x)
-        return fake_quantize(x, self.required_encoding())
+            return self.learned.quantize(x, rectifies)
+        return fake_quantize(x, self.required_encoding(), rectifies)
 
     def quantize_(self, x: Tensor) -> Tensor:
         """Changes `x`: rounds it to the grid in place, without gradient."""
@@ -316,7 +320,13 @@ class Quantizer(nn.Module):
 
     def clamps_at(self, limit: float) -> bool:
         """Whether rounding to the grid does what clamping to [0, limit] before it would: there is one grid, 0 is its
-        smallest value, and `limit` is rounded to its largest."""
+        smallest value, and `limit` is rounded to its largest. Where gradients are asked for `limit` is infinite, too.
+        """
+        if torch.is_grad_enabled():
+            if limit < math.inf:
+                return False
+            if self.learned is not None:
+                return self.learned.begins_at_zero
         scalars = self.required_encoding().scalars
         if scalars is None or scalars[1] != 0:
             return False

@@ -48,14 +48,11 @@ class LayerStep:
         output = self.output
         if output is None or not output.enabled:
             return self._value(layer, args, kwargs)
-        if torch.is_grad_enabled():
-            value = self._value(layer, args, kwargs)
-            if value.requires_grad or output.learned is not None:
-                return output(value)
-        elif self._clamps_at is not None and output.clamps_at(self._clamps_at):
-            return output(args[0])
-        else:
-            value = self._value(layer, args, kwargs)
+        if self._clamps_at is not None and output.clamps_at(self._clamps_at):
+            return output(args[0], True)
+        value = self._value(layer, args, kwargs)
+        if torch.is_grad_enabled() and (value.requires_grad or output.learned is not None):
+            return output(value)
         return output.quantize_(value) if _is_fresh(value, args, layer) else output(value)
 
     def compute(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

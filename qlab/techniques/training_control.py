@@ -143,7 +143,10 @@ class Follower:
 
     def __enter__(self) -> "Follower":
         if self._quantizer is not None and self.part == "output":
-            self._hook = self._quantizer.register_forward_pre_hook(lambda _, args: self._look(args[0]))
+            # A second argument that is true says that the first stands for its ReLU.
+            self._hook = self._quantizer.register_forward_pre_hook(
+                lambda _, args: self._look(args[0].relu() if any(args[1:]) else args[0])
+            )
         return self
 
     def __exit__(self, *_: object) -> None:

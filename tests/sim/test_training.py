@@ -1,6 +1,7 @@
 """Training through the sim in a user's own loop: gradients, modes, state, and the mistakes that are said."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -316,3 +317,28 @@ def test_a_snapshot_taken_in_training_comes_back_with_its_ranges():
     assert torch.equal(sim.output(x), want)
     assert sim.qat_mode == "range_learning"
     step(sim, optimizer, x, y)  # the parameters are still those of the optimizer
+
+
+@pytest.mark.parametrize("mode", ["regular", "range_learning"])
+def test_a_relu_that_rounding_does_as_well_has_the_gradients_of_one_computed_apart(mode):
+    sim, x, _ = make()
+    sim["2"].output.set_range(0.0, 0.4)  # so that values clip
+    sim.qat(mode)
+    apart = copy.deepcopy(sim)
+    assert sim["2"].output.clamps_at(math.inf)
+    relus, found = [], []
+    for each in (sim, apart):
+        x_ = x.clone().requires_grad_()
+        hook = each.model[2].register_forward_hook(lambda *_: relus.append(1))
+        value = each.model[1](each.model[0](x_))
+        layer, step = each.graph["2"], each.call
+        if each is sim:
+            rounded = step(layer, (value,), {})
+        else:
+            rounded = each["2"].output(each.model[2](value))
+        hook.remove()
+        assert float((rounded.detach() > 0).float().mean()) > 0.1
+        (rounded * torch.arange(rounded.numel()).view_as(rounded)).sum().backward()
+        found.append([x_.grad, *(p.grad for p in each["2"].output.parameters()), rounded.detach()])
+    assert relus == [1]  # of the one apart
+    assert all(torch.allclose(mine, want, rtol=1e-5) for mine, want in zip(*found, strict=True))
