@@ -77,6 +77,22 @@ def test_examples_in_docstrings_stand_in_fences():
     assert module("doctests").fenced(text) == "Adds.\n\n```pycon\n>>> 1 + 1\n2\n```\n\nAnd so on."
 
 
+def test_the_prose_names_only_what_there_is():
+    """Names after `qlab.`; and in the table of symptoms, every error and technique."""
+    for page in PAGES:
+        for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text(encoding="utf-8"))):
+            for path in re.findall(r"\bqlab((?:\.\w+)+)", code):
+                thing = qlab
+                for part in path[1:].split("."):
+                    assert hasattr(thing, part), f"{page.name}: qlab{path}"
+                    thing = getattr(thing, part)
+    symptoms = (REPOSITORY / "docs" / "symptoms.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([A-Z]\w+[a-z]\w*)`", symptoms))
+    errors = {error.__name__ for error in qlab.errors.QlabError.__subclasses__()}
+    assert {"CaptureError", "DivergedLoss", "AdaRound"} <= named
+    assert named <= errors | set(dir(qlab))
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_the_reference_has_everything_public(room: str):
     """What a room exports; a figure's class is told by the function that draws it."""
