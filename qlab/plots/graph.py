@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-from bokeh.models import ColorBar, ColumnDataSource, LinearColorMapper
+from bokeh.models import ColorBar, ColumnDataSource, HoverTool, LinearColorMapper
 
 from qlab.plots import theme
 from qlab.plots.columns import numbers, read_frame, texts
@@ -43,6 +43,7 @@ class GraphFigure(Plot):
     def __init__(self, *, value_name: str = "value"):
         figure = theme.new_figure("", "", tools="pan,wheel_zoom,tap,reset,save", height=360)
         super().__init__(figure)
+        figure.toolbar_location = "above"  # at the right it would lie over the colour bar
         figure.axis.visible = False
         figure.grid.visible = False
         self._value_name = value_name
@@ -71,7 +72,7 @@ class GraphFigure(Plot):
             size="size",
             fill_color="color",
             line_color=theme.NEUTRAL,
-            nonselection_alpha=0.4,
+            nonselection_alpha=1.0,  # paler ones would be of another colour than the bar's
         )
         marks.selection_glyph = marks.glyph.clone(line_color=theme.ORANGE, line_width=3)
         figure.text(
@@ -91,13 +92,19 @@ class GraphFigure(Plot):
         )
         theme.style_color_bar(self._bar)
         figure.add_layout(self._bar, "right")
-        tips = [("layer", "@layer"), ("kind", "@kind"), (value_name, "@value{0.000}"), ("", "@note")]
-        theme.add_hover(figure, [marks], tips)
+        theme.add_hover(figure, [marks], _tips(value_name))
 
     def update(
-        self, frame: pd.DataFrame, edges: pd.DataFrame | None = None, *, value_range: tuple[float, float] | None = None
+        self,
+        frame: pd.DataFrame,
+        edges: pd.DataFrame | None = None,
+        *,
+        value_name: str | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> None:
         """Show other values in place; without `edges` the graph stays and only its layers are painted anew."""
+        if value_name is not None and value_name != self._value_name:
+            self._name_value(value_name)
         frame = read_frame(frame, ("layer",), "graph")
         layer = texts(frame, "layer")
         chosen = self.layers_at(self.source.selected.indices)
@@ -141,6 +148,10 @@ class GraphFigure(Plot):
         """The layers at these rows of `source`."""
         return [self.source.data["layer"][i] for i in indices]
 
+    def _name_value(self, value_name: str) -> None:
+        self._value_name = self._bar.title = value_name
+        self.figure.select_one(HoverTool).tooltips = _tips(value_name)
+
     def _positions(self, frame: pd.DataFrame, layer: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if {"x", "y"} <= set(frame.columns):
             x, y = numbers(frame, "x", "graph"), numbers(frame, "y", "graph")
@@ -171,6 +182,10 @@ class GraphFigure(Plot):
         some = slice(0, len(corners) if len(corners) <= ARROWS else 0)
         angle = np.arctan2((y1 - y0) * 1.5, x1 - x0) - np.pi / 2
         self._arrows.data = {"x": ((x0 + x1) / 2)[some], "y": ((y0 + y1) / 2 + bend / 2)[some], "angle": angle[some]}
+
+
+def _tips(value_name: str) -> list[tuple[str, str]]:
+    return [("layer", "@layer"), ("kind", "@kind"), (value_name, "@value{0.000}"), ("", "@note")]
 
 
 def _fold(layer: list[str], edges: list[tuple[str, str]]) -> int | None:

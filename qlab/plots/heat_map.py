@@ -37,6 +37,7 @@ class HeatMapFigure(LayerRows):
         self._is_log, self._value_name = is_log, value_name
         figure = self.figure
         figure.xgrid.visible = False
+        figure.toolbar_location = "above"  # at the right it would lie over the colour bar
         cells = figure.quad(
             "left",
             "right",

@@ -171,6 +171,9 @@ class HistogramFigure(Plot):
             line_width=2,
             line_dash="dashed",
             hover_line_color=theme.ORANGE,
+            hover_line_alpha=1.0,
+            hover_line_width=3,
+            hover_line_dash="dashed",
             hover_fill_alpha=0,
         )
         self.clip.js_link("left", self._below, "right")

@@ -17,7 +17,7 @@ from qlab.plots.picture import draw_svg
 from qlab.plots.report import Section, save_html
 from qlab.plots.theme import FONT, NEUTRAL, plain
 
-TITLE_LETTERS = 84
+TITLE_LETTERS = 84  # what a figure of full width holds in a line
 
 
 class Plot:
@@ -25,7 +25,10 @@ class Plot:
 
     `figure` is an ordinary Bokeh figure: restyle it, lay it out with others, or hand it to a live pane.
     `headline` is the sentence in its title, which is also its label for screen readers and its one-line repr.
+    `title_letters`: where the title goes on in another line; fewer for a figure that stands in a narrow place.
     """
+
+    title_letters = TITLE_LETTERS
 
     def __init__(self, figure: BokehFigure):
         self.figure = figure
@@ -57,9 +60,14 @@ class Plot:
             "text/html": f'<img alt="{alt}" style="max-width:100%" src="data:image/svg+xml;base64,{picture}">',
         }
 
+    def say(self, headline: str) -> None:
+        """Give the title and the screen reader's label another sentence, until the next update."""
+        self.headline = " ".join(headline.split())
+        self.figure.title.text = plain("\n".join(textwrap.wrap(self.headline, self.title_letters)))
+        label = " ".join([self.headline, self._message.text]).strip()
+        self.figure.html_attributes = {"role": "figure", "aria-label": label}
+
     def _say(self, headline: str, *, empty: str = "") -> None:
         """Set the title and the screen reader's label; `empty` is the sentence shown instead of data."""
-        self.headline = " ".join(headline.split())
-        self.figure.title.text = plain("\n".join(textwrap.wrap(self.headline, TITLE_LETTERS)))
-        self.figure.html_attributes = {"role": "figure", "aria-label": " ".join([self.headline, empty]).strip()}
         self._message.update(text=empty, visible=bool(empty))
+        self.say(headline)

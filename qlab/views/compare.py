@@ -41,7 +41,7 @@ class Compare(View):
         self.pane = BokehPane(self._figure.figure, fallback=self._figure.to_svg)
         self._table = ipywidgets.HTML(layout=ipywidgets.Layout(max_height="300px", overflow="auto"))
         self._table.add_class("qlab-report")
-        self.pane.layout.flex, self._table.layout.flex = "3 1 420px", "2 1 300px"
+        self.pane.layout.flex, self._table.layout.flex = "3 1 420px", "2 1 440px"
         bar = ipywidgets.HBox(
             [self._before, self._after, self._measure],
             layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"),

@@ -25,9 +25,9 @@ class Dashboard(View):
         self.views: dict[str, View] = {}
         self._undo = self._button("Undo", "undo", lab.undo)
         self._redo = self._button("Redo", "repeat", lab.redo)
-        self._title = ipywidgets.HTML(layout=ipywidgets.Layout(width="170px"))
+        self._title = ipywidgets.HTML(layout=ipywidgets.Layout(flex="1 1 0", min_width="0"))
         self._title.add_class("qlab-step")
-        self.jobs.layout.flex, self.jobs.layout.min_width = "1 1 500px", "0"
+        self.jobs.layout.flex, self.jobs.layout.min_width = "5 1 500px", "0"
         self._tabs = ipywidgets.Tab()
         self._entries = tabs_of(lab)
         self._tabs.children = [ipywidgets.VBox() for _ in self._entries]
@@ -37,11 +37,12 @@ class Dashboard(View):
         self.listen(lab.events.job_ended, lambda _: _forget_refusals(self))
         self._history_changed()
         past = ipywidgets.HBox(
-            [self._undo, self._redo, self._title], layout=ipywidgets.Layout(align_items="center", flex="0 0 auto")
+            [self._undo, self._redo, self._title],
+            layout=ipywidgets.Layout(align_items="center", flex="2 1 310px", min_width="0"),
         )
         top = ipywidgets.HBox(
             [past, self.jobs],
-            layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="2px 24px"),
+            layout=ipywidgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="2px 12px"),
         )
         self.show(self._entries[0].title)
         self.score = Score(lab)  # last, since it begins to measure, which would take turns with the building
@@ -96,7 +97,7 @@ class Dashboard(View):
             view.is_shown = title == entry.title
 
     def _button(self, name: str, icon: str, action: Callable[[], object]) -> ipywidgets.Button:
-        button = ipywidgets.Button(description=name, icon=icon, layout=ipywidgets.Layout(width="84px", flex="0 0 auto"))
+        button = ipywidgets.Button(description=name, icon=icon, layout=ipywidgets.Layout(width="76px", flex="0 0 auto"))
         button.on_click(self.guarded(lambda _: action()))
         return button
 

@@ -24,6 +24,12 @@ from qlab.views.tabs import tab
 from qlab.views.view import View, escape
 
 _SHOWN_ROWS = 200
+_FORMATS = {
+    "onnx": "the Q/DQ model, and the float one beside it",
+    "encodings": "scales and zero points as AIMET writes them",
+    "safetensors": "the weights by the names that they have in the model",
+    "program": "a PyTorch program with its quantize operators (.pt2)",
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,10 @@ class FileExport:
     encodings: str
     formats: tuple[str, ...]
     weights: str = "float"
+
+    @property
+    def __name__(self) -> str:
+        return "export"
 
     def measure(self, sim: QuantSim, batches: Any, score: Any, progress: Progress) -> Exported:
         """The files written; data and score are not asked."""
@@ -48,6 +58,10 @@ class TargetCheck:
     layers: bool
     optimised: bool
 
+    @property
+    def __name__(self) -> str:
+        return "check on target"
+
     def measure(self, sim: QuantSim, batches: Any, score: Any, progress: Progress) -> OnTarget:
         """The file beside the sim."""
         return on_target(
@@ -60,6 +74,10 @@ class EncodingsComparison:
     """Reading another's encodings, as an analysis."""
 
     path: str
+
+    @property
+    def __name__(self) -> str:
+        return "compare encodings"
 
     def measure(self, sim: QuantSim, batches: Any, score: Any, progress: Progress) -> pd.DataFrame:
         """The grids side by side; data and score are not asked."""
@@ -85,12 +103,13 @@ class Export(View):
         self._path.tooltip = "folder and name, without a suffix"
         self._encodings = ipywidgets.Dropdown(options=list(VERSIONS), description="encodings")
         self._encodings.value = "1.0.0"
-        self._encodings.style.description_width, self._encodings.layout.width = "76px", "170px"
-        self._formats = {name: _box(name, name != "program", 110) for name in FORMATS}
-        self._integers = _box("integer weights", False, 130)
-        self._layers = _box("every layer", False, 110)
-        self._optimised = _box("integer kernels", True, 130)
-        self._other = _text("", "other", 40, 330)
+        self._encodings.tooltip = "version of the encodings file"
+        self._encodings.style.description_width, self._encodings.layout.width = "84px", "178px"
+        self._formats = {name: _box(name, name != "program", 116, _FORMATS[name]) for name in FORMATS}
+        self._integers = _box("integer weights", False, 136, "store weights as integers, not as float ones on the grid")
+        self._layers = _box("every layer", False, 110, "compare the output of every layer, not of the model alone")
+        self._optimised = _box("integer kernels", True, 136, "let ONNX Runtime use integer kernels, as a target does")
+        self._other = _text("", "other", 40, 420)
         self._other.placeholder = "a Q/DQ model (.onnx) or an encodings file"
         self._said, self._files, self._target, self._compared = (ipywidgets.HTML() for _ in range(4))
         for table in (self._files, self._target, self._compared):
@@ -101,7 +120,8 @@ class Export(View):
         self.listen(lab.events.history_changed, self._say)
         boxes = (*self._formats.values(), self._integers)
         self.display(
-            _row(self._path, self._encodings, *boxes, self._button("Export", "download", self.export)),
+            _row(self._path, self._encodings),
+            _row(*boxes, self._button("Export", "download", self.export)),
             self._said,
             self._files,
             _row(self._layers, self._optimised, self._button("Check on target", "microchip", self.check)),
@@ -194,8 +214,8 @@ def _text(value: str, title: str, label: int, width: int) -> ipywidgets.Text:
     return text
 
 
-def _box(title: str, value: bool, width: int) -> ipywidgets.Checkbox:
-    box = ipywidgets.Checkbox(value=value, description=title, indent=False)
+def _box(title: str, value: bool, width: int, help: str) -> ipywidgets.Checkbox:
+    box = ipywidgets.Checkbox(value=value, description=title, indent=False, tooltip=help)
     box.layout.width = f"{width}px"
     return box
 

@@ -15,7 +15,7 @@ from qlab.views.view import View
 VALUES = {
     "weight bits": "weight_bits",
     "output bits": "output_bits",
-    "noise (SQNR of the running value, dB)": "noise",
+    "noise (running SQNR), dB": "noise",
     "weight SQNR, dB": "weight_sqnr",
     "output SQNR, dB": "output_sqnr",
 }
@@ -32,7 +32,7 @@ class GraphView(View):
         self._value = ipywidgets.Dropdown(description="Colour by", options=VALUES)
         self._value.style.description_width, self._value.layout.width = "64px", "320px"
         frame = self._frame()
-        self._figure = graph(frame, edges_of(lab.sim.graph, set(frame["layer"])), value_name="value")
+        self._figure = graph(frame, edges_of(lab.sim.graph, set(frame["layer"])), value_name=self._value.label)
         self.pane = BokehPane(self._figure.figure, fallback=self._figure.to_svg, label=self._figure.headline)
         self._figure.source.selected.on_change("indices", self.guarded(self._clicked))
         self._value.observe(self.guarded(lambda _: self.redraw_soon()), "value")
@@ -48,7 +48,7 @@ class GraphView(View):
         try:
             with self.pane.batch():
                 frame = self._frame()
-                self._figure.update(frame, value_range=self._range(frame["value"]))
+                self._figure.update(frame, value_name=self._value.label, value_range=self._range(frame["value"]))
         finally:
             self._is_drawing = False
         self.pane.label = f"{self._value.label}: {self._figure.headline}"

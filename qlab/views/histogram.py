@@ -38,7 +38,9 @@ class Histogram(View):
         self._build_controls()
         self._values = histogram_plot(pd.DataFrame({"left": [], "right": [], "count": []}))
         self._channels = weight_ranges(pd.DataFrame({"channel": [], "min": [], "max": []}))
-        self._values.figure.height, self._channels.figure.height = 210, 150
+        self._values.figure.height, self._channels.figure.height = 210, 160
+        self._values.figure.title.visible = False  # the caption says it; a still picture has it
+        self._channels.title_letters = 30
         self._channels.figure.title.text_font_size = "8pt"
         self.values = BokehPane(self._values.figure, fallback=self._values.to_svg)
         self.channels = BokehPane(self._channels.figure, fallback=self._channels.to_svg)
@@ -84,8 +86,7 @@ class Histogram(View):
         data = self._lab.histogram(self.layer, self.part, channel=self.channel, bounds=(low, high))
         with self.values.batch():
             self._values.update(data.bins, levels=data.levels, error=self._error(), name=self._name)
-        self.values.label = self._values.headline
-        self._caption.value = self._sentence(data, self._lab.layer_row(self.layer), "preview")
+            self._tell(data, self._lab.layer_row(self.layer), "preview")
         return data
 
     def set_range(self, low: float, high: float) -> None:
@@ -183,7 +184,7 @@ class Histogram(View):
         with self.values.batch():
             self._values.update(data.bins, levels=data.levels, clip=clip, error=self._error(), name=self._name)
             self._values.clip.editable = self.can_set_range
-        self.values.label = self._values.headline
+            self._tell(data, row)
         with self.channels.batch():
             ranges = data.channels[["channel", "min", "max"]]
             self._channels.update(ranges)
@@ -201,7 +202,6 @@ class Histogram(View):
         for control in (self._low, self._high, self._set):
             control.disabled = not self.can_set_range
         self._free.disabled = not data.frozen
-        self._caption.value = self._sentence(data, row)
 
     def _error(self) -> pd.DataFrame | None:
         return self._lab.error_curve(self.layer, self.part) if self._curve.value else None
@@ -211,7 +211,8 @@ class Histogram(View):
         bars = zip(data["channel"], data["last"], strict=True)
         return next(i for i, (first, last) in enumerate(bars) if first <= channel <= last)
 
-    def _sentence(self, data: HistogramData, row: LayerRow, state: str = "") -> str:
+    def _tell(self, data: HistogramData, row: LayerRow, state: str = "") -> None:
+        """The same sentence above the picture, in it, and for who cannot see it."""
         bits = row.weight_bits if self.part == "weight" else row.output_bits
         notes = [f"{bits} bits", f"SQNR {data.sqnr:.1f} dB", f"{data.clipped_share:.2%} clipped"]
         if self.part == "output" and row.grid != self.layer:
@@ -222,7 +223,11 @@ class Histogram(View):
             notes.append("range set by hand")
         if state:
             notes.append(f"{state}: {data.low:.4g} to {data.high:.4g}")
-        return f"<span role='status'><b>{escape(self._name)}</b>: {escape(', '.join(notes))}</span>"
+        told = ", ".join(notes)
+        if len(data.bins):
+            self._values.say(f"{self._name}: {told}")
+        self.values.label = self._values.headline
+        self._caption.value = f"<span role='status'><b>{escape(self._name)}</b>: {escape(told)}</span>"
 
     def _set_log(self, is_log: bool) -> None:
         with self.values.batch():

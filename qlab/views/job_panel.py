@@ -22,7 +22,7 @@ class JobPanel(View):
         self._lab = lab
         self._job: Job | None = None
         self._bar = ipywidgets.FloatProgress(
-            value=0, min=0, max=1, layout=ipywidgets.Layout(width="110px", flex="0 0 auto")
+            value=0, min=0, max=1, layout=ipywidgets.Layout(width="72px", flex="0 0 auto")
         )
         self._pause = self._button("Pause", "pause", self._pause_or_resume)
         self._cancel = self._button("Cancel", "stop", self._stop)
@@ -49,7 +49,7 @@ class JobPanel(View):
 
     def _button(self, name: str, icon: str, action: object) -> ipywidgets.Button:
         button = ipywidgets.Button(
-            description=name, icon=icon, disabled=True, layout=ipywidgets.Layout(width="86px", flex="0 0 auto")
+            description=name, icon=icon, disabled=True, layout=ipywidgets.Layout(width="80px", flex="0 0 auto")
         )
         button.on_click(self.guarded(lambda _: action()))  # type: ignore[operator]
         return button

@@ -276,7 +276,7 @@ class Grid {
     const shown = this.visible().length;
     const selected = this.rows.filter(isSelected);
     const hidden = selected.filter((line) => line.hidden).length;
-    const counted = shown === total ? `${total} rows` : `${shown} of ${total} rows`;
+    const counted = shown === total ? `${total} row${total === 1 ? "" : "s"}` : `${shown} of ${total} rows`;
     const chosen = selected.length ? ` · ${selected.length} selected` : "";
     this.count.textContent = counted + chosen + (hidden ? `, ${hidden} of them hidden` : "");
     this.empty.textContent = shown === 0 && total > 0 ? `No row matches “${this.search.value}”.` : "";

@@ -27,6 +27,10 @@ class PrecisionFront:
 
     technique: MixedPrecision
 
+    @property
+    def __name__(self) -> str:
+        return "mixed precision"
+
     def measure(self, sim: QuantSim, batches: Any, score: Any, progress: Progress) -> Front:
         """The front; `sim` is not changed."""
         return self.technique.front(sim, batches, score, progress)
@@ -52,16 +56,18 @@ class Pareto(View):
         self._budget = ipywidgets.FloatText(value=6.0, description="budget", tooltip="bits throughout of equal cost")
         self._metric = ipywidgets.Dropdown(options=list(METRICS), description="cost")
         for widget, label, width in (
-            (self._bits, "28px", "140px"),
-            (self._budget, "46px", "120px"),
-            (self._metric, "32px", "180px"),
+            (self._bits, "28px", "180px"),
+            (self._budget, "56px", "124px"),
+            (self._metric, "36px", "150px"),
         ):
             widget.style.description_width, widget.layout.width = label, width
         self._start = ipywidgets.Button(description="Find", icon="play", button_style="primary")
+        self._start.layout.width = "auto"
         self._start.on_click(self.guarded(lambda _: self.find()))
         self._said = ipywidgets.HTML()
         self._figure = pareto(pd.DataFrame({"cost": [], "score": []}))
         self.pane = BokehPane(self._figure.figure, fallback=self._figure.to_svg, label=self._figure.headline)
+        self.pane.layout.display = "none"  # until there is a front
         self._figure.source.selected.on_change("indices", self.guarded(self._clicked))
         self.listen(lab.events.job_started, self._started)
         self.listen(lab.events.job_ended, self._ended)
@@ -96,12 +102,12 @@ class Pareto(View):
                     self._figure.update(self.front.to_pandas())
             finally:
                 self._is_drawing = False
-            self.pane.label = self._figure.headline
+            self.pane.label, self.pane.layout.display = self._figure.headline, None
         self._say()
 
     def to_html(self) -> str:
         """The front as it is."""
-        return f"{self._said.value}{self.pane.to_html()}"
+        return self._said.value + (self.pane.to_html() if self.front is not None else "")
 
     def _started(self, job: Job) -> None:
         if job is self._job:
@@ -122,7 +128,7 @@ class Pareto(View):
 
     def _say(self) -> None:
         if self.front is None:
-            text = "No front yet."
+            text = "No front yet: Find searches the bits of each layer, on a copy."
         else:
             text = f"Chosen for the budget: {self.front.chosen.label}. Click a point to apply it."
             if self._moment != moment_of(self._lab):

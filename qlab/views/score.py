@@ -49,13 +49,11 @@ def _card(row: ScoreRow) -> str:
     if interval is not None:
         low, high = (_number(bound, row.quantized) for bound in interval)
         notes.append(f"({low.rstrip('%')}–{high})")
-    if row.is_stale:
-        notes.append("measuring…")
     value = "–" if row.quantized is None else _number(float(row.quantized), row.quantized)
     state = "qlab-stale" if row.is_stale else ""
     return (
         f'<div class="{state}" title="in brackets the 95 % interval">'
-        f"<span>{escape(row.name)}, {escape(row.data)}</span>"
+        f"<span>{escape(row.name)}, {'measuring…' if row.is_stale else escape(row.data)}</span>"
         f"<span><b>{escape(value)}</b> <small>{escape(' '.join(notes))}</small></span></div>"
     )
 

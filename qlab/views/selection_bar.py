@@ -31,7 +31,7 @@ class SelectionBar(View):
         super().__init__(lab)
         self._lab = lab
         self._glob = ipywidgets.Text(
-            placeholder="blocks.*.conv", description="Select", continuous_update=False, tooltip="a name or a glob"
+            placeholder="blocks.*", description="Select", continuous_update=False, tooltip="a name or a glob"
         )
         self._kind = ipywidgets.Dropdown(description="kind", options=self._kinds())
         self._noise = ipywidgets.Dropdown(description="noise", options=_noise_choices())
@@ -41,10 +41,10 @@ class SelectionBar(View):
         self._apply = ipywidgets.Button(description="Apply", layout=ipywidgets.Layout(width="auto"))
         self._said = ipywidgets.HTML()
         for widget, label, width in (
-            (self._glob, "42px", "160px"),
+            (self._glob, "42px", "146px"),
             (self._kind, "30px", "146px"),
             (self._noise, "36px", "142px"),
-            (self._part, "22px", "112px"),
+            (self._part, "22px", "106px"),
             (self._setting, "0", "98px"),
             (self._value, "0", "96px"),
         ):

@@ -69,12 +69,13 @@ class Sensitivity(View):
         self._rows: dict[tuple[str, ...], Row] = {}
         self._drawn = 0.0
         self._is_drawing = False
-        self._state = "Not measured yet."
+        self._state = "Not measured yet: Measure finds what each layer costs, on a copy."
         self._bits = ipywidgets.Text(description="bits", placeholder="as set", tooltip="such as 4, 8, W4A8")
         self._bits.style.description_width, self._bits.layout.width = "28px", "150px"
         self._mode = ipywidgets.Dropdown(description="score with", options=[(_CAPTIONS[mode], mode) for mode in MODES])
         self._mode.style.description_width, self._mode.layout.width = "70px", "310px"
         self._start = ipywidgets.Button(description="Measure", icon="play", button_style="primary")
+        self._start.layout.width = "auto"
         self._start.on_click(self.guarded(lambda _: self.measure()))
         self._renew = ipywidgets.Button(icon="refresh", layout=ipywidgets.Layout(display="none", width="auto"))
         self._renew.on_click(self.guarded(lambda _: self.update()))
@@ -123,11 +124,12 @@ class Sensitivity(View):
         finally:
             self._is_drawing = False
         self.pane.label = self._figure.headline
+        self.pane.layout.display = None if len(frame) else "none"
         self._say()
 
     def to_html(self) -> str:
         """The bars as they are."""
-        return f"{self._said.value}{self.pane.to_html()}"
+        return self._said.value + (self.pane.to_html() if self._rows else "")
 
     def _published(self, job: Job, record: object) -> None:
         if not isinstance(record, Row):

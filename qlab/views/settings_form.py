@@ -82,9 +82,18 @@ def _value(told: Declaration, field: ipywidgets.Widget) -> Any:
 def _range(told: Declaration) -> str:
     low, high, unit = told.minimum, told.maximum, f" {told.unit}" if told.unit else ""
     if low is not None and high is not None:
-        return f"({low:g} to {high:g}{unit})"
+        return f"({_number(low)} to {_number(high)}{unit})"
     if low is not None:
-        return f"(at least {low:g}{unit})"
+        return f"(at least {_number(low)}{unit})"
     if high is not None:
-        return f"(at most {high:g}{unit})"
+        return f"(at most {_number(high)}{unit})"
     return f"({told.unit})" if told.unit else ""
+
+
+def _number(value: float) -> str:
+    """A bound for reading.
+
+    >>> _number(1000000), _number(1e-06), _number(0.5)
+    ('1,000,000', '1e-06', '0.5')
+    """
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:g}"

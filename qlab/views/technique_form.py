@@ -7,6 +7,7 @@ import ipywidgets
 
 from qlab.errors import Cancelled
 from qlab.lab import Lab
+from qlab.lab.code import technique_code
 from qlab.lab.jobs import Job, JobState
 from qlab.techniques import TECHNIQUES, Technique
 from qlab.views.settings_form import SettingsForm
@@ -30,12 +31,12 @@ class TechniqueForm(View):
         self._choice.style.description_width = "70px"
         self._about = ipywidgets.HTML()
         self._place = ipywidgets.VBox()
-        self._data = ipywidgets.Dropdown(description="data", layout=ipywidgets.Layout(width="290px"))
+        self._data = ipywidgets.Dropdown(description="data", layout=ipywidgets.Layout(width="400px"))
         self._data.style.description_width = "140px"
         self._run = ipywidgets.Button(description="Run", icon="play", button_style="primary")
         self._report = ipywidgets.HTML(
             layout=ipywidgets.Layout(
-                max_height="320px", overflow="auto", flex="2 1 320px", min_width="0", display="none"
+                max_height="320px", overflow="auto", flex="2 1 400px", min_width="0", display="none"
             )
         )
         for widget in (self._about, self._report):
@@ -50,13 +51,14 @@ class TechniqueForm(View):
             self._choice.options = [(technique.__name__, technique)]
             self._choice.value = technique
         left = ipywidgets.VBox(
-            [self._about, self._place, self._data, self._run], layout=ipywidgets.Layout(flex="3 1 420px", min_width="0")
+            [self._about, self._place, self._data, self._run, self.frame],  # a refusal in sight of what was refused
+            layout=ipywidgets.Layout(flex="3 1 600px", min_width="0"),
         )
         main = ipywidgets.HBox(
             [left, self._report],
             layout=ipywidgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="8px 16px"),
         )
-        self.display(self._choice, main)
+        self.children = [self._choice, main]
         self._is_of_one = technique is not None
 
     def refresh(self) -> None:
@@ -84,7 +86,7 @@ class TechniqueForm(View):
         assert self.form is not None
         made = self.form.make()
         self._job = self._lab.start(made, batches=self._labelled() if self._data.value == LABELLED_DATA else None)
-        self._say(f"<p role='status'>{escape(repr(made))} is running.</p>")
+        self._say(f"<p role='status'>{escape(technique_code(made).text)} is running.</p>")
         return self._job
 
     def summary(self) -> str:

@@ -88,6 +88,7 @@ class Training(View):
         with self.curves.batch():
             self._curves.update(frame)
         self.curves.label = self._curves.headline
+        self.curves.layout.display = None if len(frame) else "none"
         ranges = frame[frame["low"].notna()]
         followed = ranges["layer"].iloc[-1] if len(ranges) else ""
         ranges = ranges[ranges["layer"] == followed]
@@ -99,7 +100,7 @@ class Training(View):
     def to_html(self) -> str:
         """The curves as they are."""
         followed = self.range.to_html() if len(self._range.steps.data["step"]) else ""
-        return f"{self._said.value}{self.curves.to_html()}{followed}"
+        return self._said.value + (self.curves.to_html() if self.steps else "") + followed
 
     def _published(self, job: Job, record: object) -> None:
         if not isinstance(record, TrainingStep):

@@ -23,7 +23,7 @@ COUNT = "len({row.key for row in bars._rows.values()})"
 @pytest.fixture(scope="module")
 def shared_notebook(open_notebook):
     notebook = open_notebook([SETUP, "bars", "why"])
-    notebook.page.locator(".qlab-pane[data-ready]").first.wait_for(timeout=120_000)
+    notebook.page.get_by_role("button", name="Measure").wait_for(timeout=120_000)
     notebook.idle()
     return notebook
 
