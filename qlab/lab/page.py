@@ -44,7 +44,8 @@ def save_page(lab: "Lab", path: str | Path) -> Path:
     for name, part in worst_tensors(layers, HISTOGRAMS):
         data = lab.histogram(name, part)
         clip = None if data.low is None or data.high is None else (data.low, data.high)
-        figures.append(histogram(data.bins, levels=data.levels, clip=clip, name=f"{name} {part}"))
+        share = data.clipped_share
+        figures.append(histogram(data.bins, levels=data.levels, clip=clip, clipped=share, name=f"{name} {part}"))
     sections = [
         Section("Scores", (repr(lab), scores)),
         Section("Noise by layer", (noise(measured.rename(columns={"name": "layer", "noise": "sqnr"})),)),

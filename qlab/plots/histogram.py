@@ -19,6 +19,7 @@ def histogram(
     *,
     levels: pd.DataFrame | None = None,
     clip: tuple[float, float] | None = None,
+    clipped: float | None = None,
     error: pd.DataFrame | None = None,
     name: str = "",
     counts: str = "linear",
@@ -29,11 +30,12 @@ def histogram(
     levels: one row per grid point with `value` and, once known, `count` of values that round to it. Counts per level
         are drawn at the height that gives both histograms the same area; hover shows the counts themselves.
     clip: the range (low, high) that the grid covers.
+    clipped: the share of values outside it, where it is known; else it is estimated from the bins.
     error: the error as a function of the upper clip line: `clip`, `error` (any unit), drawn on an axis of its own.
     counts: "linear" or "log".
     """
     plot = HistogramFigure(counts=counts)
-    plot.update(frame, levels=levels, clip=clip, error=error, name=name)
+    plot.update(frame, levels=levels, clip=clip, clipped=clipped, error=error, name=name)
     return plot
 
 
@@ -97,6 +99,7 @@ class HistogramFigure(Plot):
         theme.add_hover(figure, [bars], [("values", "@left{0.0000} to @right{0.0000}"), ("count", "@count{0,0}")])
         theme.add_hover(figure, [self._heads], [("grid point", "@value{0.0000}"), ("count", "@count{0,0}")])
         self._name, self._level_scale = "", 1.0
+        self._clipped: float | None = None
         self.set_counts(counts)
 
     def update(
@@ -105,13 +108,14 @@ class HistogramFigure(Plot):
         *,
         levels: pd.DataFrame | None = None,
         clip: tuple[float, float] | None = None,
+        clipped: float | None = None,
         error: pd.DataFrame | None = None,
         name: str = "",
     ) -> None:
         """Show other data in place; arguments as in `histogram`. Without `clip` the clip lines stay."""
         frame = read_frame(frame, ("left", "right", "count"), "histogram")
         left, right, count = (numbers(frame, column, "histogram") for column in ("left", "right", "count"))
-        self._name = name
+        self._name, self._clipped = name, clipped
         bin_width = float(np.median(right - left)) if len(left) else 1.0
         self._bars.line_color = None if bin_width else theme.FLOAT  # a constant's bin has an outline only
         self._set_levels(levels, bin_width)
@@ -135,6 +139,7 @@ class HistogramFigure(Plot):
         self.clip.update(left=low, right=high, visible=True)
         self._below.update(right=low, visible=True)
         self._above.update(left=high, visible=True)
+        self._clipped = None
         self._say_headline()
 
     def set_counts(self, counts: str) -> None:
@@ -226,7 +231,9 @@ class HistogramFigure(Plot):
             return
         parts = [f"{count.sum():,.0f} values"]
         if self.clip.visible:
-            share = clipped_share(self.bins.data, self.clip.left, self.clip.right)
+            share = self._clipped
+            if share is None:
+                share = clipped_share(self.bins.data, self.clip.left, self.clip.right)
             parts.append(f"range [{self.clip.left:.4g}, {self.clip.right:.4g}] clips {share:.2%}")
         self._say(": ".join([self._name, ", ".join(parts)]) if self._name else ", ".join(parts))
 
