@@ -16,9 +16,9 @@ from qlab.sim.batches import Batches
 from qlab.sim.evaluate import Evaluation, evaluation_of
 from qlab.techniques.auto_quant_model import Admitted, admit
 from qlab.techniques.auto_quant_result import AutoQuantResult
-from qlab.techniques.auto_quant_run import VALIDATE, AutoQuantRun
+from qlab.techniques.auto_quant_run import AutoQuantRun
 from qlab.techniques.stage_store import StageStore, require_writable
-from qlab.techniques.stages import StageRecord
+from qlab.techniques.stages import VALIDATE, StageRecord
 from qlab.techniques.technique import TECHNIQUES, Technique
 
 RULES = (

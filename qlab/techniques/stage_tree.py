@@ -38,6 +38,11 @@ class Stage:
         return (self.record.stage, self.record.technique) if self.record.technique else (self.record.stage,)
 
     @property
+    def shown(self) -> str:
+        """Its name with its score, for a sentence."""
+        return f"{self.record.stage!r} ({self.record.score:.4g})"
+
+    @property
     def line(self) -> "list[Stage]":
         """The stage and all that it was built on, itself first."""
         return [self, *(self.parent.line if self.parent is not None else [])]

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
+VALIDATE, FLOAT, GIVEN, WEIGHTS = "validate", "float", "as given", "weights in float"
+"""The stages that every search begins with."""
+
 COLUMNS = ("stage", "parent", "technique", "score", "low", "high", "gain", "sqnr", "seconds", "verdict", "reason")
 
 
@@ -92,6 +95,10 @@ class StageRecord:
     verdict: str = "running"
     reason: str = ""
     steering: Steering | None = field(default=None, repr=False, compare=False)
+
+    def numbers(self) -> dict[str, object]:
+        """The record as a row."""
+        return {name: value for name, value in vars(self).items() if name != "steering"}
 
 
 def stage_table(records: Iterable[StageRecord], lineage: Iterable[str] = ()) -> "pd.DataFrame":

@@ -14,7 +14,8 @@ from qlab.progress import Progress
 from qlab.sim import QuantSim
 from qlab.techniques import MixedPrecision
 from qlab.techniques.chosen_bits import _ChosenBits
-from qlab.techniques.mixed_precision import METRICS, Front, Point
+from qlab.techniques.mixed_precision_front import Front, Point
+from qlab.techniques.mixed_precision_search import METRICS
 from qlab.views.bokeh_pane import BokehPane
 from qlab.views.moment import Moment, moment_of
 from qlab.views.tabs import tab

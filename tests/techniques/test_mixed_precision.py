@@ -13,7 +13,7 @@ import qlab
 from qlab.errors import InputError, NotCalibrated
 from qlab.settings import SettingError
 from qlab.techniques.lagrangian import sweep, within
-from qlab.techniques.mixed_precision import groups_of, multiply_accumulates
+from qlab.techniques.mixed_precision_groups import groups_of, multiply_accumulates
 from tests.techniques.models import lived
 
 
