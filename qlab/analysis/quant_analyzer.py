@@ -184,7 +184,7 @@ class QuantAnalyzer:
         estimate = self._estimate(sim, probe, bits, steps, notes)
         fingerprint = Fingerprint.of(sim, units)
         ledger, stopper = Ledger(judge), _Stopper(self.stop_when_stable, cases)
-        workers = None if executor is None else Workers(executor, sweep, sim, self.max_bytes)
+        workers = None if executor is None else Workers(executor, sweep)
         pieces = plan.pieces(sweep.sim)
         found = _serial(sweep, pieces) if workers is None else workers.run(pieces, steps.look)
         for outcome in chain.from_iterable(found):

@@ -4,10 +4,8 @@ A piece is one batch and some cases, or some cases of a score that calls the mod
 another, so that one that a dying worker takes along is computed again.
 """
 
-import hashlib
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +15,8 @@ from qlab.analysis.cases import Case
 from qlab.analysis.divergence import Divergence
 from qlab.analysis.ledger import Outcome, scored
 from qlab.analysis.sweep import Sweep, Work
-from qlab.errors import Cancelled
 from qlab.sim import Evaluation, PerSample, QuantSim
-from qlab.sim.transport import from_bytes, to_bytes
-
-IN_FLIGHT = 16  # pieces sent at once: their batches, and the sim with each, are in memory
+from qlab.sim.workers import Workers as Pieces
 
 
 @dataclass(frozen=True)
@@ -71,72 +66,37 @@ def _outcome(sim: QuantSim, piece: Piece, case: Case, reference: list[Divergence
 
 
 class Workers:
-    """Runs pieces on an executor (concurrent.futures or alike), the sim sent along as bytes.
+    """Runs pieces on an executor (concurrent.futures or alike), each on a worker's own copy of the sweep.
 
-    `lost` counts the pieces that a worker took along and that were computed here instead; `reason` says why the last.
+    lost, reason: as of `qlab.sim.workers.Workers`.
     """
 
-    def __init__(self, executor: Executor, sweep: Sweep, sim: QuantSim, max_bytes: int) -> None:
-        self.lost = 0
-        self.reason = ""
-        self._executor = executor
+    def __init__(self, executor: Executor, sweep: Sweep) -> None:
         self._sweep = sweep
-        self._package = to_bytes((sim, tuple(sweep.cases), max_bytes, torch.get_num_threads()))
-        self._key = hashlib.sha256(self._package).hexdigest()
-        self._in_flight = min(IN_FLIGHT, max(2, max_bytes // len(self._package)))
+        self._workers = Pieces(executor, sweep)
+
+    @property
+    def lost(self) -> int:
+        """How many pieces workers failed at, and that were computed here."""
+        return self._workers.lost
+
+    @property
+    def reason(self) -> str:
+        """Why the last of them was."""
+        return self._workers.reason
 
     def run(self, pieces: Iterator[Piece], waiting: Callable[[], None]) -> Generator[list[Outcome], None, None]:
         """The outcomes of each piece, in the order in which they arrive. waiting: called often; may raise to stop."""
-        pending: dict[Future[bytes], Piece] = {}
+        arriving = self._workers.as_they_arrive(_outcomes, pieces, waiting)
         try:
-            for piece in pieces:
-                yield from self._send(piece, pending)
-                while len(pending) >= self._in_flight:
-                    yield from self._arrived(pending, waiting)
-            while pending:
-                yield from self._arrived(pending, waiting)
+            for outcomes, work in arriving:
+                self._sweep.work += work
+                yield outcomes
         finally:
-            for future in pending:
-                future.cancel()
-
-    def _send(self, piece: Piece, pending: dict["Future[bytes]", Piece]) -> Iterator[list[Outcome]]:
-        data = to_bytes(piece)
-        try:
-            pending[self._executor.submit(_work, self._key, self._package, data)] = piece
-        except RuntimeError as error:  # the pool is broken or closed
-            yield self._here(piece, error)
-
-    def _arrived(self, pending: dict["Future[bytes]", Piece], waiting: Callable[[], None]) -> Iterator[list[Outcome]]:
-        done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-        waiting()
-        for future in done:
-            piece = pending.pop(future)
-            try:
-                outcomes, work = from_bytes(future.result())
-            except Cancelled:
-                raise
-            except Exception as error:  # noqa: BLE001  computed again here; if the piece itself is at fault, that raises
-                yield self._here(piece, error)
-                continue
-            self._sweep.work += work
-            yield outcomes
-
-    def _here(self, piece: Piece, error: Exception) -> list[Outcome]:
-        self.lost += 1
-        self.reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-        return list(run_piece(self._sweep, piece))
+            arriving.close()
 
 
-_known = threading.local()
-
-
-def _work(key: str, package: bytes, data: bytes) -> bytes:
-    """One piece, in a worker; the sim is unpacked once."""
-    if getattr(_known, "key", None) != key:
-        sim, cases, max_bytes, threads = from_bytes(package)
-        torch.set_num_threads(threads)  # sums depend on how they are split
-        _known.key, _known.sweep = key, Sweep(sim, cases, max_bytes)
-    sweep: Sweep = _known.sweep
+def _outcomes(sweep: Sweep, piece: Piece) -> tuple[list[Outcome], Work]:
+    """The outcomes of a piece and the work that they took, in a worker."""
     sweep.work = Work()
-    outcomes: Sequence[Outcome] = list(run_piece(sweep, from_bytes(data)))
-    return to_bytes((outcomes, sweep.work))
+    return list(run_piece(sweep, piece)), sweep.work

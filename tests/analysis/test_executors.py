@@ -15,6 +15,7 @@ import qlab
 from qlab.analysis import Analysis
 from qlab.errors import Cancelled, InputError
 from qlab.progress import Cancellable
+from qlab.sim.transport import to_bytes
 from tests.analysis.small import calibrated, data
 
 SETTINGS = {"estimate": False, "probe_batches": 1, "bits": [None, 3]}
@@ -32,14 +33,22 @@ class Travelling(Executor):
     """Calls at once, but all that goes there and back as bytes by plain pickle, as between processes."""
 
     def __init__(self):
-        self.calls = 0
+        self.sizes = []
 
     def submit(self, fn, /, *args, **kwargs):
-        self.calls += 1
-        future = Future()
-        fn, args = pickle.loads(pickle.dumps((fn, args)))
+        future, sent = Future(), pickle.dumps((fn, args))
+        self.sizes.append(len(sent))
+        fn, args = pickle.loads(sent)
         future.set_result(pickle.loads(pickle.dumps(fn(*args, **kwargs))))
         return future
+
+
+class Fresh(Travelling):
+    """As above, every call by a worker that has seen nothing before."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(super().submit, fn, *args, **kwargs).result()
 
 
 class Failing(Executor):
@@ -111,8 +120,24 @@ def test_what_travels_is_plain_and_no_file_is_left(tmp_path, monkeypatch):
     executor = Travelling()
     serial = qlab.QuantAnalyzer(**SETTINGS).measure(calibrated(), data())
     assert same(serial, qlab.QuantAnalyzer(**SETTINGS).measure(calibrated(), data(), executor=executor))
-    assert executor.calls >= 3
+    assert len(executor.sizes) >= 3
     assert os.listdir(tmp_path) == []
+
+
+def test_the_sim_travels_once_for_each_worker_and_not_with_each_piece(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    many, sim = data(40), calibrated()
+    serial = qlab.QuantAnalyzer(**SETTINGS).measure(sim, many)
+    executor = Travelling()
+    assert same(serial, qlab.QuantAnalyzer(**SETTINGS).measure(sim, many, executor=executor))
+    assert len(executor.sizes) == 40
+    package = len(to_bytes(sim))
+    assert sum(size > package for size in executor.sizes) == 2
+    assert sum(executor.sizes[2:]) < 38 * package / 2
+    fresh = Fresh()  # workers that come later lack it, say so, and get it
+    assert same(serial, qlab.QuantAnalyzer(**SETTINGS).measure(sim, many, executor=fresh))
+    assert sum(size > package for size in fresh.sizes) == 40
+    assert len(fresh.sizes) == 38 + 40
 
 
 def test_a_worker_that_dies_takes_no_number_along(pool):
