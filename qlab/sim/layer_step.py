@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 
 _CLAMPS_AT = {"relu": math.inf, "relu6": 6.0}  # layers that clamp to [0, that], which rounding may do as well
+_MAKES_NEW = (
+    "conv",
+    "depthwise_conv",
+    "conv_transpose",
+    "linear",
+    "batch_norm",
+    "add",
+)  # results in memory of their own
 
 
 class LayerStep:
@@ -42,18 +50,30 @@ class LayerStep:
         self._integer = integer_kernel(sim, layer) if sim.preset.int32_bias else None
         self.is_product = _is_product(layer.module)
         self._clamps_at = _CLAMPS_AT.get(layer.kind)
+        self._dying = _dying(sim, layer) if self._clamps_at is not None else ()
 
-    def __call__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer's value, on the grid of its output where it has one."""
+    def __call__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], overwrite: bool = False) -> Any:
+        """The layer's value, on the grid of its output where it has one.
+
+        overwrite: an argument that no other layer takes may be overwritten.
+        """
         output = self.output
         if output is None or not output.enabled:
             return self._value(layer, args, kwargs)
+        differentiable = torch.is_grad_enabled()
         if self._clamps_at is not None and output.clamps_at(self._clamps_at):
-            return output(args[0], True)
+            if not differentiable and overwrite and self._input_dies():
+                return output.quantize_(args[0])
+            if not differentiable or self._clamps_at == math.inf:  # ReLU6 has no gradient beyond 6
+                return output(args[0], True)
         value = self._value(layer, args, kwargs)
-        if torch.is_grad_enabled() and (value.requires_grad or output.learned is not None):
+        if differentiable and (value.requires_grad or output.learned is not None):
             return output(value)
         return output.quantize_(value) if _is_fresh(value, args, layer) else output(value)
+
+    def _input_dies(self) -> bool:
+        """Whether nothing needs the layer's input after it: no other layer, and no hook that has seen it."""
+        return bool(self._dying) and not any(_is_hooked(source) for source in self._dying)
 
     def compute(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's value before it is rounded, in floating point."""
@@ -80,6 +100,27 @@ class LayerStep:
         # float64: an int32 bias has more digits than float32
         exact = (bias.double() / scale.double()).round().float() * scale
         return exact.detach().to(bias.dtype) + (bias - bias.detach())  # the gradient passes straight through
+
+
+def _dying(sim: "QuantSim", layer: Layer) -> tuple[Layer, ...]:
+    """The layers that pass on the value that `layer` takes, where it is new memory and serves this layer alone."""
+    if sim.graph.runs_whole:  # not every user is known
+        return ()
+    found = []
+    (source,) = layer.inputs
+    while len(source.users) == 1 and not any(source is output for output in sim.graph.outputs):
+        found.append(source)
+        if source.kind in _MAKES_NEW:
+            return tuple(found)
+        if source.kind != "identity":  # such as a BatchNorm that was folded away
+            break
+        (source,) = source.inputs
+    return ()
+
+
+def _is_hooked(layer: Layer) -> bool:
+    """Whether somebody listens to the module, who may keep what it returned."""
+    return layer.module is not None and bool(layer.module._forward_hooks)
 
 
 def _is_fresh(value: Tensor, args: tuple[Any, ...], layer: Layer) -> bool:

@@ -208,11 +208,16 @@ class QuantSim(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result with every enabled quantizer at work; called as the model is."""
-        flat = self.graph.bind(args, kwargs)
-        return self.graph.run(flat, self.call if self.quantization_enabled else call_layer)
+        return self._run(self.graph.bind(args, kwargs))
+
+    def _run(self, flat: Sequence[Any]) -> Any:
+        if not self.quantization_enabled:
+            return self.graph.run(flat, call_layer)
+        steps = self._steps if self._steps is not None else self._prepared()
+        return self.graph.run(flat, lambda layer, args, kwargs: steps[layer.index](layer, args, kwargs, overwrite=True))
 
     def call(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One layer with its quantized weight, its output rounded: what `LayerGraph.run` is given."""
+        """One layer with its quantized weight, its output rounded; no argument is changed."""
         steps = self._steps if self._steps is not None else self._prepared()
         return steps[layer.index](layer, args, kwargs)
 
@@ -324,7 +329,7 @@ class QuantSim(nn.Module):
     def output(self, batch: Any) -> Any:
         """The sim's result on one batch, labelled or not, without gradient."""
         with torch.no_grad():
-            return self.graph.run(self.inputs(batch), self.call if self.quantization_enabled else call_layer)
+            return self._run(self.inputs(batch))
 
     def compile(self) -> "CompiledSim":
         """The sim as it is now, through torch.compile: called as the sim is, for inference; later edits are not seen.

@@ -1,4 +1,4 @@
-"""A clamp before a grid that clamps as well."""
+"""What a step leaves out and what it overwrites, against the same layers computed one by one."""
 
 import pytest
 import torch
@@ -45,3 +45,45 @@ def test_a_clamp_stays_where_the_grid_goes_below_zero():
     sim["1"].output.set_range(-1.0, 3.0)
     with torch.no_grad():
         assert float(sim(x).min()) == 0.0
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.second, self.norm2, self.relu6 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU6()
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        z = self.norm2(self.second(self.relu(y)))
+        return y + self.relu6(z), torch.relu(z.flatten(1) + 1)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_overwriting_what_dies_changes_no_bit_and_no_value_that_is_still_needed(folded):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    sim = qlab.QuantSim(Branches(), x)
+    if folded:
+        qlab.BatchNormFolding().apply(sim)
+    sim.calibrate([x])
+    kept = x.clone()
+    with torch.no_grad():
+        expected = sim.graph.run([x], sim.call)  # changes no argument
+        found = sim(x)
+    assert torch.equal(x, kept)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_a_hook_has_seen_is_not_overwritten():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    sim = qlab.QuantSim(model, x)
+    sim.calibrate([x])
+    seen = []
+    sim.model[1].register_forward_hook(lambda module, args, value: seen.extend([value, value.clone()]))
+    with torch.no_grad():
+        sim(x)
+    assert float(seen[0].min()) < 0
+    assert torch.equal(*seen)
