@@ -38,9 +38,9 @@ SIGNALS = (
 
 WORK = {
     "Diagnosis": lambda view: view.diagnose(),
-    "ExportPanel": lambda view: view.export(),
+    "Export": lambda view: view.export(),
     "Findings": lambda view: view.validate(),
-    "Guidebook": lambda view: view.guide.start("look"),
+    "Guidebook": lambda view: view.guide.start("layers"),
     "Pareto": lambda view: view.find(),
     "Sensitivity": lambda view: view.measure(),
     "Stages": lambda view: view.find(),
@@ -168,7 +168,7 @@ def test_names_stay_text(lab, view):
 def test_what_its_work_finds_stays_text(lab, view, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = view(lab)
-    if isinstance(shown, qlab.views.ExportPanel):
+    if isinstance(shown, qlab.views.Export):
         shown._path.value = HOSTILE
     WORK[view.__name__](shown).result()
     settle(lab)
@@ -180,7 +180,7 @@ def test_what_its_work_finds_stays_text(lab, view, tmp_path, monkeypatch):
 
 
 def test_what_the_target_and_others_encodings_say_stays_text(lab, tmp_path):
-    shown = qlab.views.ExportPanel(lab, str(tmp_path / HOSTILE))
+    shown = qlab.views.Export(lab, str(tmp_path / HOSTILE))
     shown.export().result()
     lab.set(HOSTILE, "weight", bits=5)
     shown._layers.value, shown._other.value = True, str(tmp_path / f"{HOSTILE}.encodings")
