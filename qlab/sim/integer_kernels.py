@@ -24,16 +24,19 @@ IntegerKernel = Callable[[tuple[Any, ...], "Tensor | None"], "Tensor | None"]
 
 
 def integer_kernel(sim: "QuantSim", layer: Layer) -> IntegerKernel | None:
-    """The kernel of a convolution, linear layer or product of two activations; None for other layers.
+    """The kernel of a convolution, linear layer, product or sum of two activations; None for other layers.
 
     The arithmetic is that of ONNX Runtime 1.32's CPU kernels (QLinearConv, QGemm, QLinearMatMul): the sum, as float32,
     times the float32 number (input scale * weight scale) / output scale, rounded half to even. A linear layer on more
     than two axes is not requantized at once there (MatMulIntegerToFloat): its sum is scaled to a float, then rounded.
+    An addition (QLinearAdd) scales both integers to the output's grid by fused multiply-adds, then rounds.
     """
     if isinstance(layer.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
         return _WeightKernel(sim, layer) if sim.placed[layer.name].weight is not None else None
     if layer.kind == "matmul" and layer.function_name in ("matmul", "bmm") and len(layer.inputs) == 2:
         return _ProductKernel(sim, layer) if sim.placed[layer.name].weight is None else None
+    if layer.kind == "add" and len(layer.inputs) == len(layer.args) == 2 and not layer.kwargs:
+        return _SumKernel(sim, layer)
     return None
 
 
@@ -84,6 +87,30 @@ class _ProductKernel:
             return None
         sums = torch.matmul(_integers(args[0], left), _integers(args[1], right))
         return sums.mul_(left.scale * right.scale / output.scale).round_().mul_(output.scale)
+
+
+class _SumKernel:
+    """a * ra + (b * rb + (zc - (ra * za + rb * zb))), with ra = scale_a / scale_c, each `x * y + z` rounded once."""
+
+    def __init__(self, sim: "QuantSim", layer: Layer) -> None:
+        self._inputs = [sim.placed[source.name].output for source in layer.inputs]
+        self._output = requantizer(sim, layer)
+
+    def __call__(self, args: tuple[Any, ...], bias: Tensor | None) -> Tensor | None:
+        left, right = (_byte(quantizer) for quantizer in self._inputs)
+        output = _whole_byte(self._output)
+        if left is None or right is None or output is None or left.scale.dim() or right.scale.dim():
+            return None
+        first, second = left.scale / output.scale, right.scale / output.scale
+        at_zero = _fused(left.zero_point.float(), first, second * right.zero_point.float())
+        value = _fused(_integers(args[1], right).add_(right.zero_point), second, output.zero_point - at_zero)
+        value = _fused(_integers(args[0], left).add_(left.zero_point), first, value)
+        return value.round_().sub_(output.zero_point).mul_(output.scale)
+
+
+def _fused(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
+    """x * factor + addend, rounded once: in float64 the product of a byte is exact."""
+    return (x.double().mul_(factor) + addend).float()
 
 
 def requantizer(sim: "QuantSim", layer: Layer) -> Quantizer | None:

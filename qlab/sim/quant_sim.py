@@ -246,7 +246,7 @@ class QuantSim(nn.Module):
         if entry.weight is not None:
             _ = entry.weight.encoding  # found now if the weight has changed, so that the version counts it
             parts.append(entry.weight.version)
-        if self.preset.int32_bias and layer.kind in WEIGHTED | {"depthwise_conv"}:
+        if self.preset.int32_bias and layer.kind in WEIGHTED | {"depthwise_conv", "add"}:
             parts += [grid.version for s in layer.inputs if (grid := self.placed[s.name].output) is not None]
             parts.append(-1 if entry.output is None else entry.output.version)
         if entry.role is Role.QUANTIZED and entry.output is not None:

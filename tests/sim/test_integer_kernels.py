@@ -95,6 +95,57 @@ def test_a_product_of_activations_equals_QLinearMatMul_bit_for_bit():
     assert torch.equal(ours, theirs)
 
 
+class Sum(nn.Module):
+    def __init__(self, rectified):
+        super().__init__()
+        self.last = nn.ReLU() if rectified else nn.Identity()
+
+    def forward(self, a, b):
+        return self.last(a + b)
+
+
+def sum_sim(preset, rectified):
+    data = tuple(torch.randn(2, 256) for _ in range(2))
+    sim = qlab.QuantSim(Sum(rectified), data, preset)
+    sim.calibrate([data])
+    return sim, [sim[layer.name].output for layer in sim.graph.input_layers], sim[sim.graph.outputs[0].name].output
+
+
+def sums(sim, inputs, last, ranges):
+    """Sums of all pairs of bytes on grids of those ranges: the sim's integers, and ONNX Runtime's."""
+    for quantizer, (low, high) in zip((*inputs, last), ranges, strict=True):
+        quantizer.set_range(low, high)
+    codes = torch.cartesian_prod(torch.arange(256), torch.arange(256)).T.reshape(2, 256, 256)
+    values = [(code - q.encoding.zero_point) * q.encoding.scale for code, q in zip(codes, inputs, strict=True)]
+    ours = quantize(sim.output(tuple(values)), last.encoding)
+    given = [part for code, q in zip(codes, inputs, strict=True) for part in (code.numpy().astype(np.uint8), *grid(q))]
+    return ours, run_operator("QLinearAdd", [*given, *grid(last)], "com.microsoft")
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+def test_a_sum_of_activations_equals_QLinearAdd_bit_for_bit_where_float_arithmetic_does_not(rectified):
+    exact, floating = (sum_sim(p, rectified) for p in (qlab.presets.onnxruntime(), qlab.presets.w8a8()))
+    generator, differing = torch.Generator().manual_seed(0), 0
+    for _ in range(12):
+        low, high = -2 * torch.rand(3, generator=generator), 2 * torch.rand(3, generator=generator)
+        ranges = [(float(low[i]), float(high[i])) for i in (0, 1)] + [(0.0 if rectified else float(low[2]), 2.0)]
+        ours, theirs = sums(*exact, ranges)
+        assert theirs.unique().numel() > 50
+        assert torch.equal(ours, theirs)
+        differing += int((sums(*floating, ranges)[0] != theirs).sum())
+    assert differing > 0
+
+
+def test_resuming_equals_a_full_run_when_the_grid_that_an_addition_is_rounded_to_changes():
+    sim, _, last = sum_sim(qlab.presets.onnxruntime(), True)
+    x = torch.randn(4, 256), torch.randn(4, 256)
+    replay = Replay(sim.graph, [sim.inputs(x)], sim.call, sim.fingerprint)
+    with torch.no_grad():
+        replay.outputs()
+        last.set_range(0.0, 0.3)
+        assert torch.equal(replay.outputs()[0], sim.output(x))
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
