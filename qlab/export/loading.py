@@ -22,6 +22,8 @@ from qlab.quantization import (
 )
 from qlab.sim import QuantSim, Role
 
+_SHOWN = 20
+
 
 @dataclass(frozen=True)
 class LoadedEncodings:
@@ -40,7 +42,9 @@ class LoadedEncodings:
 
     def __repr__(self) -> str:
         lines = [f"encodings {self.version}: {len(self.loaded)} loaded, {len(self.unmatched)} without a place"]
-        lines += [f"  {name!r}: {reason}" for name, reason in self.unmatched.items()]
+        lines += [f"  {name!r}: {reason}" for name, reason in list(self.unmatched.items())[:_SHOWN]]
+        if len(self.unmatched) > _SHOWN:
+            lines.append(f"  and {len(self.unmatched) - _SHOWN:,} more, in .unmatched")
         if self.untouched:
             lines.append(f"  not in the file: {', '.join(self.untouched)}")
         return "\n".join(lines)

@@ -17,6 +17,8 @@ from qlab.graph import Layer
 from qlab.graph.onnx_kinds import kinds_of
 from qlab.sim import QuantSim, Role
 
+_HINTED = 100
+"""Entries without a place that nearest names are looked for: a file may have a million."""
 _MADE_UP = re.compile(r"\d+|[a-z]\w*\.\d+|quantize_dequantize(_\d+)?|_?val_\d+|onnx::\w+")
 
 
@@ -53,7 +55,9 @@ def match(sim: QuantSim, file: EncodingsFile, names: Mapping[str, str] | None = 
     if file.in_order:
         _place_between(sim, file.entries, targets)
     _place_last(sim, file.entries, targets)
-    unmatched = {e.label: finder.hint(e.name) for e in file.entries if e.label not in targets}
+    left = [entry for entry in file.entries if entry.label not in targets]
+    unmatched = {e.label: finder.hint(e.name) for e in left[:_HINTED]}
+    unmatched |= dict.fromkeys((e.label for e in left[_HINTED:]), f"One of {len(left):,} such entries.")
     return Matched(targets, unmatched)
 
 

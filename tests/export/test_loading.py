@@ -26,6 +26,7 @@ def recorded_file(granularity, form):
 def test_a_recorded_file_gives_the_recorded_simulated_output(reference_sim, granularity, form):
     sim = reference_sim(granularity)
     loaded = sim.load_encodings(recorded_file(granularity, form), names=NAMES.get(form))
+    assert loaded.version == ("0.6.1" if form == "torch" else form)
     assert not loaded.unmatched
     assert not loaded.untouched
     step = sim["fc"].output.encoding.scale.item()
@@ -317,6 +318,34 @@ def test_a_file_damaged_anywhere_is_taken_whole_or_refused_whole(tmp_path, refer
         sim.output(recorded()["input"])
     assert len(sentences) > 20
     assert all(sentence.endswith((".", "?")) for sentence in sentences)
+
+
+def test_an_error_while_grids_are_set_leaves_all_as_they_were(tmp_path, monkeypatch):
+    sim, _ = varied()
+    before = everything(sim)
+    (tmp_path / "two.encodings").write_text(json.dumps(small_file({"name": "norm"}, {"name": "head"})))
+    set_state = qlab.quantization.Quantizer.set_state
+
+    def failing(quantizer, state):
+        if quantizer.name == "head" and state.frozen:
+            raise MemoryError("no memory left")
+        set_state(quantizer, state)
+
+    monkeypatch.setattr(qlab.quantization.Quantizer, "set_state", failing)
+    with pytest.raises(MemoryError):
+        sim.load_encodings(tmp_path / "two.encodings", freeze=True)
+    assert same(before, everything(sim))
+
+
+def test_a_flood_of_unknown_names_is_counted_and_the_first_are_told(tmp_path):
+    content = small_file(*({"name": f"heat{number}"} for number in range(5000)))
+    with pytest.raises(InputError, match="5000 entries without a place") as error:
+        load_of(tmp_path, content)
+    assert len(str(error.value)) < 1000
+    _, loaded = load_of(tmp_path, content, strict=False)
+    assert (len(loaded.unmatched), loaded.loaded) == (5000, {})
+    assert "'head'" in loaded.unmatched["heat0"]
+    assert len(repr(loaded).splitlines()) < 30
 
 
 def test_a_huge_file_is_refused_unread(tmp_path):
