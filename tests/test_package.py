@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def test_the_job_in_a_terminal_takes_a_network_from_chance_to_float_and_exports_
     recovered = report.partition("equalize")[2].splitlines()[1]
     assert float(recovered.split("%")[0]) > floating - 1
     assert {path.suffix for path in tmp_path.iterdir()} >= {".onnx", ".encodings"}
+    assert int(re.search(r"^(\d+) s\. Next: qlab lab", report, re.MULTILINE)[1]) < 60
 
 
 def test_a_tutorial_that_was_changed_is_kept_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,5 +1,6 @@
 """What holds for every tutorial as it is stored, and how tutorials behave without a network, Bokeh or widgets."""
 
+import json
 import os
 import re
 import socket
@@ -51,6 +52,16 @@ def test_there_are_tutorials_and_the_guide_lists_each_by_its_title():
     for path in NOTEBOOKS:
         title = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
         assert f"| `{path.stem}` | {title} |" in page
+
+
+def test_as_measured_each_takes_a_minute_all_under_twelve_and_each_fits_into_binder():
+    """By processor time, which other work on the machine does not lengthen; each runs on one thread."""
+    rows = json.loads((REPOSITORY / "benchmarks" / "results" / "notebooks.json").read_text())["rows"]
+    assert list(rows) == [path.stem for path in NOTEBOOKS], "run: python benchmarks/notebooks.py"
+    spent = [row["processor_s"] for row in rows.values()]
+    assert max(spent) < 60
+    assert sum(spent) < 12 * 60
+    assert max(row["peak_mb"] for row in rows.values()) < 1800  # of 2 GB, the server takes 200 MB
 
 
 def test_it_is_small_and_holds_no_widget_state(path: Path):
