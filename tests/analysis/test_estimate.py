@@ -106,3 +106,16 @@ def test_on_the_digits_networks_the_estimate_ranks_layers_as_they_are_at_four_bi
     analysis = qlab.QuantAnalyzer(**settings).measure(sim, found.calibration(4), qlab.SQNR(found.test[:2]))
     table = analysis.correlation.set_index(["estimate", "measured"]).spearman
     assert table["sqnr", "sqnr"] >= 0.9  # on other images than those of the estimate
+
+
+@pytest.mark.parametrize("network", [mobilenet, resnet])
+def test_on_the_images_that_it_saw_it_ranks_layers_by_kl_and_by_noise(network):
+    found = digits()
+    sim = qlab.QuantSim(network(), found.test_images[:2])
+    sim.calibrate(found.calibration(4))
+    seen = found.test[:8]
+    settings = {"bits": 4, "disabled": False, "summary": False, "estimate_bits": 4}
+    analysis = qlab.QuantAnalyzer(**settings).measure(sim, seen, qlab.SQNR(seen))
+    table = analysis.correlation.set_index(["estimate", "measured"]).spearman
+    assert table["kl", "kl"] >= 0.9
+    assert table["sqnr", "sqnr"] >= 0.9
