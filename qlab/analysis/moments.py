@@ -49,6 +49,10 @@ class Moments:
         quadratic = ((q @ self.gram.double()) * q).sum(-1)
         return (self.energy.double() - 2 * (q * self.cross).sum(-1) + quadratic).clamp_min(0)
 
+    def of_rows(self, rows: slice) -> "Moments":
+        """Those of some of the outputs M alone; nothing is copied."""
+        return replace(self, cross=self.cross[:, rows], energy=self.energy[:, rows])
+
     def of_equal_inputs(self, matrix: Tensor) -> "Moments":
         """The moments if the float model had the sim's inputs: nothing to make up for. matrix: the float weight."""
         cross = (matrix.double() @ self.gram.double()).to(self.cross.dtype)
@@ -108,11 +112,11 @@ class MomentSums:
         self._rows += x.shape[1]
 
     def moments(self) -> Moments | None:
-        """The moments, None where no row was seen."""
+        """The moments, None where no row was seen. The sums become the means: nothing can be added afterwards."""
         if not self._rows:
             return None
         sums = (self._gram, self._cross, self._energy, self._float, self._quantized)
-        gram, cross, energy, exact, quantized = (total / self._rows for total in sums)
+        gram, cross, energy, exact, quantized = (total.div_(self._rows) for total in sums)
         return Moments(gram, cross, energy, exact, quantized, self._rows, self._seen)
 
 

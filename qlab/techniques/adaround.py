@@ -1,6 +1,6 @@
 """AdaRound: choose for each weight whether it goes up or down, so that the layer's outputs come out right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from qlab.quantization.rounding import (
     factor_metric,
     nearest_plane,
     relax,
-    search_scale,
 )
 from qlab.settings import setting
 from qlab.sim import Batches, QuantSim
@@ -86,32 +85,40 @@ class AdaRound(Technique):
         """Changes the task's quantizer; returns how."""
         if task.moments is None or (self.method == "auto" and self._is_cheaper_trained(task)):
             if self.search_scale and not task.holds_grid:
-                rough = task.rough_problem()
-                task.use_scale(search_scale(rough, task.owner, lambda p: p.nearest(), task.quantizer.bits))
+                rough = task.rough_problems()
+                task.use_scale(rough.search_scale(lambda p, _: p.nearest(), task.quantizer.bits))
             self._train(task, report)
             return "sgd"
-        problem = task.problem(self.damping, self.correct_bias)
-        factor = factor_metric(problem.metric)
+        problems = task.problems(self.damping, self.correct_bias)
+        factor = factor_metric(problems.metric)
         if self.search_scale and not task.holds_grid:
-            task.use_scale(search_scale(problem, task.owner, lambda p: nearest_plane(p, factor), task.quantizer.bits))
-            problem = task.problem(self.damping, self.correct_bias)
+            task.use_scale(problems.search_scale(lambda p, _: nearest_plane(p, factor), task.quantizer.bits))
         if self.method == "sgd":
             self._train(task, report)
             return "sgd"
-        form, levels = search(problem, factor)
-        if self.method == "gram":
-            soft = SoftRounding(self.iterations or 1000)
-            relaxed = coordinate_descent(problem, relax(problem, soft, each=_reporter(report, soft.steps)))
-            better = problem.error(relaxed) < problem.error(levels)
-            form, levels = "gram", torch.where(better[..., None], relaxed, levels)
-        task.use_levels(levels, self.correct_bias)
-        return form
+        output = sum(float(p.energy().sum()) for _, p in problems) / problems.rows if self.method == "gram" else 0.0
+        forms: list[str] = []
+
+        def found() -> Iterator[tuple[slice, Tensor]]:
+            for rows, problem in problems:
+                form, levels = search(problem, factor)
+                if self.method == "gram":
+                    soft = SoftRounding(self.iterations or 1000)
+                    each = _reporter(report, soft.steps)
+                    relaxed = coordinate_descent(problem, relax(problem, soft, each=each, output=output))
+                    better = problem.error(relaxed) < problem.error(levels)
+                    form, levels = "gram", torch.where(better[..., None], relaxed, levels)
+                forms.append(form)
+                yield rows, levels
+
+        task.use_levels(found(), self.correct_bias)
+        return forms[0]
 
     def _train(self, task: RoundingTask, report: Callable[[str], None]) -> None:
         """Changes the task's quantizer: the paper's form."""
         steps = self.iterations or 10_000
         levels = train_rounding(task, SoftRounding(steps), self.memory << 19, self.seed, _reporter(report, steps))
-        task.use_levels(levels, self.correct_bias)
+        task.use_levels([(slice(None), levels)], self.correct_bias)
 
     def _is_cheaper_trained(self, task: RoundingTask) -> bool:
         """Whether minibatches cost less than the search: one output of very many inputs, say."""

@@ -50,7 +50,8 @@ class GPTQ(Technique):
         """Changes the task's quantizer."""
         if task.moments is None:
             return "too large: to nearest"
-        problem = task.problem(self.damping, correct_bias=False)
-        levels = nearest_plane(problem, factor_metric(problem.metric))
-        task.use_levels(coordinate_descent(problem, levels, self.sweeps), correct_bias=False)
+        problems = task.problems(self.damping, correct_bias=False)
+        factor = factor_metric(problems.metric)
+        found = ((rows, coordinate_descent(p, nearest_plane(p, factor), self.sweeps)) for rows, p in problems)
+        task.use_levels(found, correct_bias=False)
         return "columns"

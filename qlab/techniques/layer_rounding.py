@@ -15,7 +15,7 @@ from qlab.analysis.moments import MomentSums
 from qlab.errors import InputError, UnknownLayer, nearest
 from qlab.graph import Layer, LinearForm, linear_form
 from qlab.progress import Progress
-from qlab.quantization import WeightQuantizer, quantize
+from qlab.quantization import WeightQuantizer
 from qlab.sim import Batches, QuantSim
 from qlab.sim.content import content_keys
 from qlab.sim.placement import matches_glob
@@ -134,7 +134,7 @@ class _Walk:
             if not self._store.are_of(name, self._inputs.of(_read(layer, form))):
                 moved.append(name)
                 moments = moments.of_equal_inputs(form.matrix(self._quantizer(name).weight.detach()))
-            task = task_of(self.sim, name, moments, None, name in self._shared)
+            task = task_of(self.sim, name, moments, None, name in self._shared, self.plan.max_bytes)
             self._round(task, position, len(known))
         missing = [name for name in lost if name not in known]
         notes = ["rounded again from the moments of an earlier run, without data."] if known else []
@@ -194,7 +194,7 @@ class _Walk:
             inputs = self._inputs.of(_read(stop.layer, form))
             if not self._store.keep(name, self._keys[name], inputs, moments, plan.max_bytes):
                 self._unkept.append(name)
-        return task_of(self.sim, name, moments, stop, name in self._shared)
+        return task_of(self.sim, name, moments, stop, name in self._shared, plan.max_bytes)
 
     def _round(self, task: RoundingTask, position: int, total: int) -> None:
         quantizer, name = task.quantizer, task.layer.name
@@ -206,9 +206,6 @@ class _Walk:
         before = task.signal_to_noise()
         scale = quantizer.required_encoding().scale
         form = self.choose(task, report)
-        encoding = quantizer.required_encoding()
-        used = quantizer.rounding
-        plain = quantize(quantizer.weight, encoding)
         self._rows[name] = {
             "layer": name,
             "kind": task.layer.title,
@@ -216,8 +213,8 @@ class _Walk:
             "form": form,
             "sqnr_before": before,
             "sqnr_after": task.signal_to_noise(),
-            "moved": 0.0 if used is None else float((used != plain).float().mean()),
-            "scale": float((encoding.scale / scale).mean()),
+            "moved": task.moved(),
+            "scale": float((quantizer.required_encoding().scale / scale).mean()),
         }
 
     def _report(self, notes: list[str]) -> Report:

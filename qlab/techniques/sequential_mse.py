@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from qlab.progress import Progress
-from qlab.quantization.rounding import search_scale
+from qlab.quantization.rounding import RoundingProblem
 from qlab.settings import setting
 from qlab.sim import Batches, QuantSim
 from qlab.techniques.layer_rounding import Plan, globs, round_layers
@@ -47,9 +49,13 @@ class SequentialMSE(Technique):
         """Changes the task's quantizer: its scale."""
         if task.moments is None or task.holds_grid:
             return "frozen: kept" if task.holds_grid else "too large: kept"
-        problem = task.problem(1e-4, correct_bias=False)
+        problems = task.problems(1e-4, correct_bias=False)
         factors = tuple((i + 1) / self.candidates for i in reversed(range(self.candidates)))
-        weight = task.weight.to(problem.target.dtype)
-        task.use_scale(search_scale(problem, task.owner, lambda p: p.nearest(weight), factors=factors))
+        weight = task.weight
+
+        def nearest(problem: RoundingProblem, rows: slice) -> Tensor:
+            return problem.nearest(weight[:, rows].to(problem.target.dtype))
+
+        task.use_scale(problems.search_scale(nearest, factors=factors))
         task.quantizer.freeze()
         return "range"

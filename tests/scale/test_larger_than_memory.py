@@ -62,10 +62,8 @@ def test_peak_memory_is_that_of_a_block_and_the_budget_whatever_the_size_of_the_
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "OMP_NUM_THREADS": "1"},
     )
     peaks = json.loads(run.stdout)
-    for stage in ("captured", "calibrated", "run"):
+    for stage in ("captured", "calibrated", "run", "rounded"):
         assert peaks["large"][stage] < 2 * BLOCK_BYTES + budget, peaks
-    # The search for roundings works on many copies of its layer, with a large model as with a small one.
-    assert peaks["large"]["rounded"] - peaks["small"]["rounded"] < 2 * BLOCK_BYTES + budget, peaks
 
 
 def test_a_mapped_model_computes_calibrates_and_rounds_as_one_in_memory(saved):

@@ -14,6 +14,7 @@ import qlab
 from qlab.analysis.moment_store import MomentStore
 from qlab.errors import InputError, UnknownLayer
 from qlab.quantization import quantize
+from qlab.quantization.rounding import RoundingProblem
 from tests.techniques.models import NETWORKS, lived
 from tests.techniques.rounding import codes, correlated, equal, on_grid, two_layers, weights
 
@@ -500,3 +501,33 @@ def test_the_fast_form_is_no_worse_than_many_steps_on_minibatches_in_a_small_par
         errors.append(float((twin.output(test) - exact).norm() / exact.norm()))
     assert errors[0] < 1.05 * errors[1]
     assert seconds[0] < seconds[1] / 30 * (10_000 / steps)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_block(4)"])
+@pytest.mark.parametrize(
+    "technique", [qlab.AdaRound(), qlab.AdaRound(method="gram", iterations=60), qlab.GPTQ(), qlab.SequentialMSE()]
+)
+def test_a_layer_taken_in_parts_is_rounded_as_one_taken_whole(technique, granularity, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 7)).eval()
+    x = torch.randn(200, 12)
+    whole = qlab.QuantSim(model, x, qlab.presets.w4a8())
+    whole.configure("*", weight={"bits": 3, "granularity": granularity})
+    whole.calibrate([x])
+    parts = copy.deepcopy(whole)
+    seen: list[int] = []
+    technique.apply(whole, [x])
+    with monkeypatch.context() as narrow:
+        narrow.setattr("qlab.techniques.rounding_task._BYTES_AN_ENTRY", (2048 << 20) // 100)  # 8 rows of 12, 3 of 30
+        narrow.setattr(
+            "qlab.techniques.rounding_task.RoundingProblem",
+            lambda target, *rest: (seen.append(target.shape[1]), RoundingProblem(target, *rest))[1],
+        )
+        report = technique.apply(parts, [x])
+    assert max(seen) == 8
+    for name in ("0", "2"):
+        one, other = (sim[name].weight for sim in (whole, parts))
+        assert torch.allclose(one.encoding.scale, other.encoding.scale)
+        same = (one.quantized() - other.quantized()).abs() < 1e-6
+        assert float(same.float().mean()) > 0.995  # sums in another order may tip a tie
+    assert len(report.rows) == 2

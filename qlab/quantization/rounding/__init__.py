@@ -6,7 +6,7 @@ from qlab.quantization.rounding.enumeration import MAX_ENUMERATED, enumerate_rou
 from qlab.quantization.rounding.nearest_plane import Factor, factor_metric, nearest_plane
 from qlab.quantization.rounding.problem import RoundingProblem
 from qlab.quantization.rounding.relaxation import relax
-from qlab.quantization.rounding.scales import search_scale
+from qlab.quantization.rounding.scales import best_factors, scale_errors, search_scale
 from qlab.quantization.rounding.soft import SoftRounding
 
 __all__ = [
@@ -15,10 +15,12 @@ __all__ = [
     "Factor",
     "RoundingProblem",
     "SoftRounding",
+    "best_factors",
     "coordinate_descent",
     "enumerate_roundings",
     "factor_metric",
     "nearest_plane",
     "relax",
+    "scale_errors",
     "search_scale",
 ]

@@ -43,6 +43,10 @@ class RoundingProblem:
         is_diagonal = self.metric.shape[1] == 1
         return ((e * self.metric if is_diagonal else e @ self.metric) * e).sum(-1)
 
+    def energy(self) -> Tensor:
+        """t G t^T of each row's target [B, M]."""
+        return ((self.target @ self.metric) * self.target).sum(-1)
+
     def scaled(self, factor: Tensor | float) -> "RoundingProblem":
         """The same problem on a grid `factor` times as wide; factor broadcasts against target."""
         return replace(self, scale=self.scale * factor)

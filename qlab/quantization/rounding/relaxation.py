@@ -19,13 +19,14 @@ def relax(
     soft: SoftRounding,
     rate: float = 0.01,
     each: Callable[[int], None] | None = None,
+    output: float | None = None,
 ) -> Tensor:
     """Levels [B, M, K], each the floor of the target or one above, after `soft.steps` steps of Adam.
 
     The error is measured in units of the mean squared output, mean(t G t^T), so that the regularizer weighs the same in
-    every layer. each: called with the number of every step, to report it.
+    every layer. each: called with the number of every step, to report it. output: that mean over more rows than these.
     """
-    output = float(((problem.target @ problem.metric) * problem.target).sum(-1).mean())
+    output = float(problem.energy().mean()) if output is None else output
     problem = replace(problem, metric=problem.metric / max(output, 1e-30))
     floor = problem.floor()
     v = soft.start((problem.target / problem.scale - floor).clamp(0, 1 - 1e-6))
