@@ -77,6 +77,8 @@ class OnTarget:
         if self.kernels is not None:
             parts.append(f"<p>{html.escape(self._kernel_line())}</p>")
             parts.append(_table(self.kernels) if len(self.kernels) else "")
+        if self.layers is not None:
+            parts.append(f"<details><summary>{len(self.layers)} layers</summary>{_table(self.layers)}</details>")
         parts += [f"<p>{html.escape(note)}</p>" for note in self.notes]
         return "".join(parts)
 

@@ -111,6 +111,9 @@ def test_it_shows_itself_as_text_and_as_escaped_html(exported):
     result = qlab.on_target(sim, path, network("mobilenet").test[:1])
     assert "of the integers are the sim's" in repr(result)
     assert result._repr_html_().count("<table>") == 2
+    looked_into = qlab.on_target(sim, path, network("mobilenet").test[:1], layers=True)
+    shown = looked_into._repr_html_().split("<details>")[1]
+    assert all(f"<td>{name}</td>" in shown for name in looked_into.layers["layer"])
     assert "<b>" not in qlab.on_target(sim, rename(path, "<b>x"), network("mobilenet").test[:1])._repr_html_()[6:]
 
 
