@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlab.analysis.causes import causes_of
 from qlab.analysis.decomposition import decompose
-from qlab.analysis.fixes import Fix, Trials, possible_fixes
+from qlab.analysis.fixes import Before, Fix, Trials, possible_fixes
 from qlab.analysis.group import Group
 from qlab.analysis.layer_noise import layer_noise
 from qlab.analysis.shadow import require_calibrated, shadow
@@ -30,7 +30,8 @@ class Diagnosis:
 
     layer: as asked. layers: what is computed as one with it. sqnr: of their output, in dB. parts: the error taken
     apart, see `decompose`. causes: (part, sentence) of what costs most: inherited, and of the layer's own. fixes: what
-    would help, the best first, each with its gain.
+    would help, the best first, each with its gain. before: the model's results, with which fixes are compared;
+    None where none was tried.
     """
 
     layer: str
@@ -39,6 +40,14 @@ class Diagnosis:
     parts: pd.DataFrame
     causes: tuple[tuple[str, str], ...]
     fixes: tuple[Fix, ...]
+    before: Before | None = field(default=None, repr=False)
+
+    def measured_gain(self, sim: QuantSim) -> tuple[float, float]:
+        """What was truly gained since, in dB of the model's result, and its standard error: by full runs of `sim` as it
+        is now on the batches of the diagnosis, to be compared with a `Fix.predicted_gain`."""
+        if self.before is None:
+            raise InputError(f"no fix was tried on {self.layer!r}: there is nothing to compare with.")
+        return self.before.gain_of(sim)
 
     @property
     def cause(self) -> str:
@@ -100,10 +109,12 @@ def diagnose(
         before = _worst_before(shadow(sim), Group.of(sim, layer), data[0])
     causes = causes_of(group, parts, before)
     fixes: list[Fix] = []
+    before_fixes = None
     if tries and causes:
-        fixes = Trials(sim, data, max_bytes).tried(possible_fixes(group, shares), progress)
+        trials = Trials(sim, data, max_bytes)
+        fixes, before_fixes = trials.tried(possible_fixes(group, shares), progress), trials.before
     names = tuple(step.name for step in group.layers)
-    return Diagnosis(layer, names, sqnr, parts, tuple(causes), tuple(filter(_helps, fixes)))
+    return Diagnosis(layer, names, sqnr, parts, tuple(causes), tuple(filter(_helps, fixes)), before_fixes)
 
 
 def _bar(share: float) -> str:

@@ -50,11 +50,6 @@ class Divergence:
         return kl.sum(1), torch.full_like(kl[:, 0], kl.shape[1])
 
 
-def divergence_rows(reference: Any, output: Any) -> Tensor:
-    """What `Divergence.rows` says of one result."""
-    return Divergence(reference).rows(output)
-
-
 def class_axis(logits: Tensor) -> int | None:
     """The axis of the classes, None where there are none."""
     if logits.dim() < 2:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.analysis.divergence import decibel, divergence_rows
+from qlab.analysis.divergence import Divergence, decibel
 from qlab.analysis.group import Group
 from qlab.analysis.precision import difference
 from qlab.analysis.shadow import shadow
@@ -53,10 +53,11 @@ class Fix:
             return lab.start(self.technique())
         return getattr(lab, self.verb)(**self.arguments)
 
-    def to_html(self) -> str:
-        """What it is and what it gains, in one line, escaped."""
-        error = "" if math.isnan(self.gain_error) else f" ± {self.gain_error:.2f}"
-        gain = f"{self.predicted_gain:+.2f}{error} dB of the result"
+    def to_html(self, measured: tuple[float, float] | None = None) -> str:
+        """What it is and what it gains, predicted and, where it was done, measured (gain, error); escaped."""
+        gain = f"{_decibels(self.predicted_gain, self.gain_error)} of the result"
+        if measured is not None:
+            gain += f" predicted, {_decibels(*measured)} measured when done"
         return f"{escape(self.label)} <small class='qlab-quiet'>{gain}</small>"
 
     def technique(self) -> Any:
@@ -64,6 +65,10 @@ class Fix:
         # by name, as a script would: techniques stand above analyses and use them
         public = importlib.import_module("qlab")
         return getattr(public, self.arguments["technique"])(**self.arguments["settings"])
+
+
+def _decibels(gain: float, error: float) -> str:
+    return f"{gain:+.2f} dB" if math.isnan(error) else f"{gain:+.2f} ± {error:.2f} dB"
 
 
 def possible_fixes(group: Group, parts: Mapping[str, float]) -> list[Fix]:
@@ -99,39 +104,60 @@ def _fixes_of(quantizer: Quantizer, part: str, is_clipped: bool) -> Iterator[Fix
     yield fix("keep in float", enabled=False)
 
 
+class Before:
+    """The model's results on some batches before any fix: what a fix is compared with, tried or done."""
+
+    def __init__(self, batches: Sequence[Any], in_float: Sequence[Any], outputs: Sequence[Any]) -> None:
+        self.batches = list(batches)
+        self._reference = list(map(Divergence, in_float))
+        self._rows = self._compared(outputs)
+
+    def gain(self, outputs: Sequence[Any]) -> tuple[float, float]:
+        """What other results on these batches gain, in dB of SQNR, and its standard error over samples."""
+        return difference(decibel, self._compared(outputs), self._rows)
+
+    @torch.no_grad()
+    def gain_of(self, sim: QuantSim) -> tuple[float, float]:
+        """`gain` of a sim as it is now, by full runs."""
+        with sim.evaluating():
+            return self.gain([sim.output(batch) for batch in self.batches])
+
+    def _compared(self, outputs: Sequence[Any]) -> Tensor:
+        return torch.cat([wanted.rows(output) for wanted, output in zip(self._reference, outputs, strict=True)])
+
+
 class Trials:
     """Tries fixes on fixed batches, each from the layer that it changes; `sim` itself is not touched."""
 
     def __init__(self, sim: QuantSim, batches: Sequence[Any], max_bytes: int = 1 << 30) -> None:
         self._original = sim
         self._sim = shadow(sim)
-        self._batches = list(batches)
         self._tried: dict[int, int] = {}  # a quantizer to the number of the fix that it is set to
         self._replay = Replay(
             self._sim.graph,
-            [self._sim.inputs(batch) for batch in self._batches],
+            [self._sim.inputs(batch) for batch in batches],
             self._sim.call,
             self._fingerprint,
             max_bytes=max_bytes,
             full_share=1.0,
         )
         with torch.no_grad():
-            self._reference = [self._sim.float_output(batch) for batch in self._batches]
-            self._baseline = self._rows(self._replay.outputs())
+            in_float = [self._sim.float_output(batch) for batch in batches]
+            self.before = Before(batches, in_float, self._replay.outputs())
 
     def tried(self, fixes: Sequence[Fix], progress: Progress | None = None) -> list[Fix]:
         """The fixes with their gains, the best first; those that cannot be made are left out."""
         found = []
         for number, fix in enumerate(fixes):
             (progress or Silent()).step(number, len(fixes), f"trying {fix.label}")
-            rows = self._technique(fix) if fix.verb == "run" else self._setting(fix, number + 1)
-            if rows is not None:
-                gain, error = difference(decibel, rows, self._baseline)
+            outputs = self._technique(fix) if fix.verb == "run" else self._setting(fix, number + 1)
+            if outputs is not None:
+                gain, error = self.before.gain(outputs)
                 found.append(replace(fix, predicted_gain=gain, gain_error=error))
         return sorted(found, key=lambda fix: -fix.predicted_gain if math.isfinite(fix.predicted_gain) else math.inf)
 
     @torch.no_grad()
-    def _setting(self, fix: Fix, number: int) -> Tensor | None:
+    def _setting(self, fix: Fix, number: int) -> list[Any] | None:
         quantizer: Quantizer = getattr(self._sim[fix.arguments["layers"]], fix.arguments["part"])
         state = quantizer.state()
         try:
@@ -139,25 +165,21 @@ class Trials:
             if quantizer.enabled and quantizer.encoding is None:
                 return None
             self._tried[id(quantizer)] = number
-            return self._rows(self._replay.outputs(commit=False))
+            return self._replay.outputs(commit=False)
         except QlabError:
             return None
         finally:
             self._tried.pop(id(quantizer), None)
             quantizer.set_state(state)
 
-    def _technique(self, fix: Fix) -> Tensor | None:
+    def _technique(self, fix: Fix) -> list[Any] | None:
         twin = copy.deepcopy(self._original)
         try:
-            fix.apply(twin, self._batches)
+            fix.apply(twin, self.before.batches)
         except (QlabError, AttributeError):
             return None
         with twin.evaluating(), torch.no_grad():
-            return self._rows([twin.output(batch) for batch in self._batches])
-
-    def _rows(self, outputs: Sequence[Any]) -> Tensor:
-        pairs = zip(self._reference, outputs, strict=True)
-        return torch.cat([divergence_rows(wanted, output) for wanted, output in pairs])
+            return [twin.output(batch) for batch in self.before.batches]
 
     def _fingerprint(self, layer: Layer) -> tuple[int, ...]:
         entry = self._sim.placed[layer.name]

@@ -24,7 +24,7 @@ class Outcome:
     """What one case gave on some batches.
 
     first: the number of the first of these batches. rows: tallies of the score, None where it has no sums over samples.
-    score: the score itself where there are no rows. divergence: rows of `divergence_rows`, None where outputs were not
+    score: the score itself where there are no rows. divergence: rows of `Divergence`, None where outputs were not
     seen. note: why there is no score.
     """
 

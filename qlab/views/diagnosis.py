@@ -32,17 +32,43 @@ class Diagnose:
         return why.diagnose(sim, self.layer, list(islice(batches, BATCHES)), progress)
 
 
+@dataclass(frozen=True)
+class Verify:
+    """What a fix truly gained, as an analysis, which a lab runs on a copy of its sim."""
+
+    diagnosis: why.Diagnosis
+    number: int
+
+    def measure(self, sim: QuantSim, batches: Any, score: Any, progress: Progress) -> "Verified":
+        """The gain on the batches of the diagnosis; `batches` and `score` are not asked."""
+        return Verified(self.diagnosis, self.number, self.diagnosis.measured_gain(sim))
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The gain [dB] and its error, measured after fix number `number` of a diagnosis was done."""
+
+    diagnosis: why.Diagnosis
+    number: int
+    gain: tuple[float, float]
+
+
 @tab("Diagnosis", place=30)
 class Diagnosis(View):
     """Of the first selected layer: the parts of its error, the cause in a sentence, and what would help.
 
-    `diagnosis`: the last one, None before. A fix is done through the lab, so it is a step that can be undone.
+    `diagnosis`: the last one, None before. A fix is done through the lab, so it is a step that can be undone; one that
+    is done in the state that was diagnosed is measured then, and the true gain stands beside the predicted one.
+    `measured`: these gains, with their errors, by the number of the fix.
     """
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
         self._lab = lab
         self.diagnosis: why.Diagnosis | None = None
+        self.measured: dict[int, tuple[float, float]] = {}
+        self._fixing: tuple[int, Job] | None = None  # a fix whose technique is running
+        self._fixed: Moment = ()
         self._job: Job | None = None
         self._moment: Moment = ()
         self._start = ipywidgets.Button(description="Diagnose", icon="stethoscope", button_style="primary")
@@ -75,7 +101,19 @@ class Diagnosis(View):
         """Does fix number `number` (0 is the best) through the lab; returns the Job of a technique."""
         if self.diagnosis is None:
             raise ValueError("there are no fixes yet: diagnose a layer first.")
-        return self.diagnosis.fixes[number].perform(self._lab)
+        is_diagnosed = self._moment == moment_of(self._lab)
+        done = self.diagnosis.fixes[number].perform(self._lab)
+        if is_diagnosed and isinstance(done, Job):
+            self._fixing = number, done
+        elif is_diagnosed:
+            self._verify(number)
+        return done
+
+    def _verify(self, number: int) -> None:
+        """Starts to measure what a fix that was just done has gained."""
+        if self.diagnosis is not None:
+            self._fixed = moment_of(self._lab)
+            self._lab.start(Verify(self.diagnosis, number))
 
     def redraw(self) -> None:
         """Shows the last diagnosis."""
@@ -90,7 +128,8 @@ class Diagnosis(View):
 
     def to_html(self) -> str:
         """The last diagnosis."""
-        fixes = "" if self.diagnosis is None else "".join(f"<li>{fix.to_html()}</li>" for fix in self.diagnosis.fixes)
+        found = () if self.diagnosis is None else self.diagnosis.fixes
+        fixes = "".join(f"<li>{fix.to_html(self.measured.get(number))}</li>" for number, fix in enumerate(found))
         return f"{self._said.value}{self._found.value}<ul>{fixes}</ul>"
 
     def _rows(self, fixes: tuple[Fix, ...]) -> list[ipywidgets.HBox]:
@@ -100,7 +139,7 @@ class Diagnosis(View):
                 description="Apply", icon="wrench", tooltip=fix.label, layout=ipywidgets.Layout(width="86px")
             )
             button.on_click(self.guarded(lambda _, number=number: self.fix(number)))
-            told = ipywidgets.HTML(fix.to_html())
+            told = ipywidgets.HTML(fix.to_html(self.measured.get(number)))
             rows.append(ipywidgets.HBox([button, told], layout=ipywidgets.Layout(align_items="center")))
         return rows
 
@@ -111,7 +150,16 @@ class Diagnosis(View):
     def _ended(self, job: Job) -> None:
         if isinstance(job.value, why.Diagnosis):  # whoever asked for it
             self.diagnosis, self._moment = job.value, moment_of(self._lab)
+            self.measured = {}
             self.redraw_soon()
+        elif isinstance(job.value, Verified):
+            if job.value.diagnosis is self.diagnosis and self._fixed == moment_of(self._lab):  # else it was undone
+                self.measured = {**self.measured, job.value.number: job.value.gain}
+                self.redraw_soon()
+        elif self._fixing is not None and job is self._fixing[1]:
+            (number, _), self._fixing = self._fixing, None
+            if job.exception is None:
+                self._verify(number)
         elif job is self._job:
             self._say()
             if job.exception is not None and not isinstance(job.exception, Cancelled):
