@@ -7,6 +7,7 @@ import ipywidgets
 from qlab.errors import Cancelled
 from qlab.lab import Lab
 from qlab.lab import guidebook as flow
+from qlab.lab.guidebook_steps import STEPS, Finding, described
 from qlab.lab.jobs import Job
 from qlab.views.histogram import Histogram
 from qlab.views.moment import Moment, moment_of
@@ -31,8 +32,8 @@ class Guidebook(View):
         self._path = ipywidgets.HTML()
         self._choice = ipywidgets.Dropdown(description="Step", layout=ipywidgets.Layout(width="330px"))
         self._choice.style.description_width = "40px"
-        self._choice.options = [(step.title, key) for key, step in flow.STEPS.items()]
-        self._choice.value = next(iter(flow.STEPS))
+        self._choice.options = [(step.title, key) for key, step in STEPS.items()]
+        self._choice.value = next(iter(STEPS))
         self._run = ipywidgets.Button(description="Run", icon="play", button_style="primary")
         self._run.on_click(self.guarded(lambda _: self.run()))
         self._why = ipywidgets.HTML()
@@ -89,18 +90,18 @@ class Guidebook(View):
         """Everything found so far."""
         return self._path.value + "".join(_page(found) for found in self.guide.findings)
 
-    def _rows(self, found: flow.Finding) -> list[ipywidgets.HBox]:
+    def _rows(self, found: Finding) -> list[ipywidgets.HBox]:
         rows = []
         for number, fix in enumerate(found.remedies[:SHOWN_REMEDIES]):
             button = ipywidgets.Button(
                 description="Apply", icon="wrench", tooltip=fix.label, layout=ipywidgets.Layout(width="86px")
             )
             button.on_click(self.guarded(lambda _, number=number: self.apply(number)))
-            told = ipywidgets.HTML(escape(flow.described(fix)))
+            told = ipywidgets.HTML(escape(described(fix)))
             rows.append(ipywidgets.HBox([button, told], layout=ipywidgets.Layout(align_items="center")))
         return rows
 
-    def _show_layer(self, found: flow.Finding) -> None:
+    def _show_layer(self, found: Finding) -> None:
         """The histogram of the layer that a finding is about."""
         if found.layer is not None:
             self._lab.select([found.layer])
@@ -120,7 +121,7 @@ class Guidebook(View):
             self._why.value = "<span role='status'>Looking.</span>"
 
     def _ended(self, job: Job) -> None:
-        if isinstance(job.value, flow.Finding):
+        if isinstance(job.value, Finding):
             self._notice()
         elif job is self._job:
             self._say()
@@ -128,7 +129,7 @@ class Guidebook(View):
                 self.frame.show(job.exception)
 
     def _say(self) -> None:
-        offered, chosen = self.guide.offered, flow.STEPS[self._choice.value]
+        offered, chosen = self.guide.offered, STEPS[self._choice.value]
         texts = [chosen.why]
         if offered is None:
             texts.append("The guidebook is at its end; any step can be run again.")
@@ -137,13 +138,13 @@ class Guidebook(View):
         self._why.value = f"<span class='qlab-quiet' role='status'>{escape(' '.join(texts))}</span>"
 
 
-def _path(findings: list[flow.Finding]) -> str:
+def _path(findings: list[Finding]) -> str:
     """The steps taken, as a line."""
     taken = " &rarr; ".join(escape(found.step.title) for found in findings)
     return f"<small class='qlab-quiet'>{taken or 'Nothing was looked at yet.'}</small>"
 
 
-def _page(found: flow.Finding) -> str:
+def _page(found: Finding) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in found.evidence.columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>"
@@ -162,7 +163,7 @@ def _cell(value: Any) -> str:
     return escape(value)
 
 
-def _earlier(findings: list[flow.Finding]) -> str:
+def _earlier(findings: list[Finding]) -> str:
     if not findings:
         return ""
     pages = "".join(_page(found) for found in reversed(findings))

@@ -114,7 +114,7 @@ def is_ours(thing: object) -> bool:
 
 def test_what_the_page_on_extending_shows_works():
     """A technique, a view and a step of the guidebook, each as written there."""
-    from qlab.lab.guidebook import STEPS
+    from qlab.lab.guidebook_steps import STEPS
     from qlab.views import TABS
 
     torch.manual_seed(0)

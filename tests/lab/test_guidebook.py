@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import qlab
 from qlab.errors import Cancelled, HistoryError, InputError
-from qlab.lab.guidebook import STEPS
+from qlab.lab.guidebook_steps import STEPS
 from qlab.quantization import WeightQuantizer
 
 from .conftest import differing, state_of

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import qlab
-from qlab.lab.guidebook import STEPS
+from qlab.lab.guidebook_steps import STEPS
 from qlab.views import Guidebook
 
 
