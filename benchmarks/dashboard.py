@@ -4,7 +4,8 @@
 
 Run from the repository; needs Chromium. Times are medians, taken in the page from the key to the painted answer.
 Beside each stands the processor time that the kernel and the page spent on it, which other work on the machine
-hardly changes. --busy: another process keeps a core busy meanwhile.
+hardly changes. --busy: another process keeps a core busy meanwhile. The figures are printed, and kept in
+benchmarks/results/dashboard.json in place of the earlier ones, those of a busy machine beside those of a quiet one.
 """
 
 import argparse
@@ -13,12 +14,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import CDPSession, Page, sync_playwright
 
+from benchmarks import table
 from tests.browser.conftest import CHROMIUM_ARGUMENTS, Notebook, new_notebook, running_jupyterlab
 from tests.conftest import find_chromium
 
@@ -103,6 +106,21 @@ SORT_AND_FILTER = """async () => {
 }"""
 
 
+@dataclass(frozen=True)
+class Row:
+    """One figure. at_most: what it should not exceed, None for what is only told."""
+
+    name: str
+    value: float
+    unit: str
+    at_most: float | None = None
+
+    def __str__(self) -> str:
+        value = f"{self.value:,.0f}" if self.unit in ("ms", "") else f"{self.value:.2f}"
+        aim = "" if self.at_most is None else f" (at most {self.at_most:g})"
+        return f"{self.name}: {value} {self.unit}".rstrip() + aim
+
+
 class Work:
     """Processor time of the kernel and of the page's main thread, between calls of `spent`."""
 
@@ -112,11 +130,16 @@ class Work:
         self._session.send("Performance.enable", {"timeDomain": "threadTicks"})
         self._before = self._now()
 
-    def spent(self, times: int = 1) -> str:
-        """What was spent since the last call, for one of so many times."""
+    def spent(self, times: int = 1) -> Callable[[str], Iterator["Row"]]:
+        """What was spent since the last call, for one of so many times, as rows once it has a name."""
         before, self._before = self._before, self._now()
-        kernel, page = (1000 * (now - then) / times for now, then in zip(self._before, before, strict=True))
-        return f"processor: kernel {kernel:.0f} ms, page {page:.0f} ms"
+        both = [1000 * (now - then) / times for now, then in zip(self._before, before, strict=True)]
+
+        def rows(what: str) -> Iterator[Row]:
+            for where, spent in zip(("kernel", "page"), both, strict=True):
+                yield Row(f"{what}: processor of the {where}", spent, "ms")
+
+        return rows
 
     def _now(self) -> tuple[float, float]:
         metrics = {entry["name"]: entry["value"] for entry in self._session.send("Performance.getMetrics")["metrics"]}
@@ -157,8 +180,8 @@ def edit(notebook: Notebook, turns: range) -> None:
     notebook.page.wait_for_timeout(2000)
 
 
-def measure(notebook: Notebook, edits: int) -> None:
-    """Prints all figures of one notebook whose only cell shows the dashboard."""
+def measure(notebook: Notebook, edits: int) -> Iterator[Row]:
+    """All figures of one notebook whose only cell shows the dashboard."""
     page, received = notebook.page, [0]
 
     def count(payload: Any) -> None:
@@ -171,23 +194,28 @@ def measure(notebook: Notebook, edits: int) -> None:
     page.evaluate("window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0")
     work = Work(notebook)
     received[0] = 0
-    table, all_there = page.evaluate(UNTIL_THERE)
+    table_ms, all_ms = page.evaluate(UNTIL_THERE)
     spent = work.spent()
     page.wait_for_timeout(3000)
-    rows = page.locator(".qlab-grid tbody tr").count()
-    print(f"{rows} rows: table after {table:.0f} ms, with its histogram after {all_there:.0f} ms (aim 2000); {spent}")
-    print(f"sent to the browser at start, BokehJS included: {received[0] / 1e6:.2f} MB (aim 2)")
+    yield Row("rows of the table", page.locator(".qlab-grid tbody tr").count(), "")
+    yield Row("table there after", table_ms, "ms")
+    yield Row("dashboard there after", all_ms, "ms", 2000)
+    yield from spent("start")
+    yield Row("sent to the browser at start, BokehJS included", received[0] / 1e6, "MB", 2)
     notebook.py("lab.measure().result()")
     work.spent()
     echoes = [page.evaluate(ECHO, [2 * i + 1, str(3 + i % 5)]) for i in range(20)]
-    print(f"an edit with all that follows, scores and noise of 300 layers included; {work.spent(len(echoes))}")
+    spent = work.spent(len(echoes))
     for what, index in (("table", 0), ("histogram", 1)):
         times = sorted(echo[index] for echo in echoes if echo[index])
-        nineties = times[int(0.9 * (len(times) - 1))]
-        print(f"edit echoed in the {what}: {statistics.median(times):.0f} ms, 90 % in {nineties:.0f} ms (aim 150)")
+        yield Row(f"edit echoed in the {what}", statistics.median(times), "ms", 150)
+        yield Row(f"edit echoed in the {what}, 90 % in", times[int(0.9 * (len(times) - 1))], "ms")
+    yield from spent("an edit with all that follows, scores and noise of all layers included")
     found = [page.evaluate(SORT_AND_FILTER) for _ in range(5)]
-    sort, filter_ = (statistics.median(times) for times in zip(*found, strict=True))
-    print(f"sort {sort:.0f} ms, filter {filter_:.0f} ms (aim 100); {work.spent(len(found))}")
+    spent = work.spent(len(found))
+    for what, times in zip(("sort", "filter"), zip(*found, strict=True), strict=True):
+        yield Row(what, statistics.median(times), "ms", 100)
+    yield from spent("sort and filter")
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable")
     edit(notebook, range(1))  # caches fill
@@ -196,11 +224,14 @@ def measure(notebook: Notebook, edits: int) -> None:
     edit(notebook, range(1, 1 + edits // 100))
     heap_after, page_listeners_after = browser_counts(page, session)
     memory_after, listeners_after, widgets_after, steps_after = kernel_counts(notebook)
-    print(f"after {steps_after - steps} edits more:")
-    print(f"  page: heap {heap:.1f} -> {heap_after:.1f} MB ({heap_after / heap - 1:+.1%})")
-    print(f"  page: listeners {page_listeners} -> {page_listeners_after}")
-    print(f"  kernel: {memory:.0f} -> {memory_after:.0f} MB ({memory_after / memory - 1:+.1%}), the history in it")
-    print(f"  kernel: listeners {listeners} -> {listeners_after}, widgets {widgets} -> {widgets_after}")
+    yield Row("edits in a row", steps_after - steps, "")
+    yield Row("page: heap after them", heap_after, "MB")
+    yield Row("page: growth of the heap", 100 * (heap_after / heap - 1), "%", 10)
+    yield Row("page: more listeners", page_listeners_after - page_listeners, "", 0)
+    yield Row("kernel: memory after them", memory_after, "MB")
+    yield Row("kernel: growth of its memory, the history in it", 100 * (memory_after / memory - 1), "%", 10)
+    yield Row("kernel: more listeners", listeners_after - listeners, "", 0)
+    yield Row("kernel: more widgets", widgets_after - widgets, "", 0)
 
 
 def main() -> None:
@@ -217,8 +248,13 @@ def main() -> None:
         sync_playwright() as p,
     ):
         browser = p.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_ARGUMENTS)
-        measure(new_notebook(browser, server, ["lab"]), arguments.edits)
+        rows = []
+        for row in measure(new_notebook(browser, server, ["lab"]), arguments.edits):
+            print(row, flush=True)
+            rows.append(asdict(row))
         browser.close()
+    found = {"rows": rows, "machine": table.machine()}
+    table.write("dashboard", table.read("dashboard") | {"busy" if arguments.busy else "quiet": found})
 
 
 if __name__ == "__main__":

@@ -155,7 +155,10 @@ export default () => {
         repaint() {
           for (const part of view.manager?.all_views() ?? []) {
             part.canvas?.primary?.clear?.(); // half-covered pixels at the edge would keep some of the old colour
-            if (part.model?.type === "Legend") part.rerender?.(); // an element of the page keeps the colours it was made with
+            if (part.model?.type === "Legend") {
+              part.rerender?.(); // an element of the page keeps the colours it was made with
+              requestAnimationFrame(() => part.request_layout?.()); // it had no height until it was in the page again
+            }
             part.request_repaint?.();
           }
         },
