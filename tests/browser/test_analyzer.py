@@ -70,4 +70,5 @@ def test_a_diagnosis_names_the_cause_and_a_button_heals(notebook, why):
     why.get_by_role("button", name="Apply").first.click()
     notebook.eventually("print(lab.step)", "1")
     expect(why).to_contain_text("of an earlier state", timeout=60_000)
+    expect(why).to_contain_text("dB measured when done", timeout=60_000)
     notebook.screenshot("diagnosis_applied", why)

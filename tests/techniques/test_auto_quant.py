@@ -14,6 +14,7 @@ import qlab
 from qlab.errors import Cancelled, InputError
 from qlab.settings import SettingError
 from qlab.techniques import StageRecord
+from qlab.techniques.auto_quant import RULES
 from tests.techniques.models import lived
 
 FEW = ("CrossLayerEqualization", "BiasCorrection")
@@ -116,6 +117,24 @@ def test_it_stops_when_the_target_is_met_unless_asked_to_go_on():
     assert first.is_target_met
     whole = auto(allowed_drop=1.0, stop_at_target=False).apply(sim, data(), score=judge)
     assert len(whole.stages) > 8
+
+
+def test_the_data_are_not_read_again_for_another_pair_of_rules(sim):
+    class Counted(list):
+        read = 0
+
+        def __iter__(self):
+            Counted.read += 1
+            return super().__iter__()
+
+    read, stages = [], []
+    for rules in (RULES[:1], RULES):
+        Counted.read = 0
+        result = auto(techniques=(), rules=rules).apply(sim, Counted(data()), score=qlab.SQNR(data()))
+        read.append(Counted.read)
+        stages.append(len(result.stages))
+    assert stages[1] > stages[0]
+    assert read[1] == read[0]
 
 
 def test_equal_scores_are_told_apart_by_sqnr(sim):
