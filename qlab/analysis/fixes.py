@@ -20,6 +20,7 @@ from qlab.graph import Layer, Replay
 from qlab.progress import Progress, Silent
 from qlab.quantization import Quantizer, Scheme
 from qlab.sim import QuantSim, Role
+from qlab.sim.integer_kernels import requantizer
 
 WIDTHS = (4, 6, 8, 16)
 
@@ -185,4 +186,5 @@ class Trials:
         entry = self._sim.placed[layer.name]
         own = (entry.weight, entry.output if entry.role is Role.QUANTIZED else None)
         grid = self._sim.input_quantizer(layer) if entry.weight is not None else None  # of an int32 bias
-        return tuple(self._tried.get(id(quantizer), 0) for quantizer in (*own, grid))
+        written = requantizer(self._sim, layer) if self._sim.preset.int32_bias else None
+        return tuple(self._tried.get(id(quantizer), 0) for quantizer in (*own, grid, written))

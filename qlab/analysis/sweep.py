@@ -4,7 +4,7 @@ Values of the float run serve every 'enabled' case, values of the fully quantize
 those of full runs, bit for bit (Replay).
 """
 
-from collections.abc import Hashable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from qlab.analysis.cases import Case
 from qlab.analysis.shadow import shadow
 from qlab.analysis.units import acting_layers
 from qlab.graph import Layer, Replay
-from qlab.sim import QuantSim, Role
+from qlab.sim import QuantSim
 
 _QUANTIZED = ("both", "disabled")  # modes that start from the values of the fully quantized run
 
@@ -46,7 +46,7 @@ class Sweep:
         self._default = next(iter(self._shadows))
         self._on: Set[str] = {key for key, quantizer in self.sim.quantizers.items() if quantizer.enabled}
         self._is_on: dict[Bits, Set[str]] = dict.fromkeys(self._shadows, self._on)
-        self._own = _quantizers_of_layers(self.sim)
+        self._changed = self._changes()
         self._kept = self._boundaries()
         self._now: tuple[Bits, QuantSim] = self._default, self.sim
 
@@ -86,7 +86,7 @@ class Sweep:
     def _run(self, cases: list[Case], replay: Replay) -> Iterator[tuple[Case, list[Any]]]:
         for case in cases:
             self.switch_to(case)
-            yield case, replay.outputs(commit=False)
+            yield case, replay.outputs_if(self._changed[case])
 
     def _replay(self, flat: list[Any], case: Case) -> Replay:
         """A replay that remembers the values of `case`."""
@@ -95,43 +95,33 @@ class Sweep:
             self.sim.graph,
             flat,
             lambda layer, args, kwargs: self._now[1].call(layer, args, kwargs),
-            self._fingerprint,
+            lambda layer: None,  # it remembers one state
             keeps=lambda layer: layer.index in kept,
             max_bytes=self._max_bytes // 2,
-            full_share=1.0,  # a suffix that is asked for once is never dearer than the whole
         )
         self.switch_to(case)
         replay.outputs()
         return replay
 
-    def _fingerprint(self, layer: Layer) -> Hashable:
-        bits, sim = self._now
-        (own_weight, own_output), on = self._own[layer.index], self._is_on[bits]
-        weight, output = own_weight in on, own_output in on
-        if not (weight or output):
-            return None
-        bias = weight and not sim.placed[layer.name].carries_weight and sim.bias_scale(layer) is not None
-        return bits, weight, output, bias
+    def _changes(self) -> dict[Case, frozenset[int]]:
+        """By case the layers that compute something else than in the one whose remembered values it starts from."""
+        known: dict[frozenset[str], frozenset[int]] = {}  # 'enabled' and 'disabled' switch the same, at all widths
+        found = {}
+        for case in self.cases:
+            base = self._on if case.mode in _QUANTIZED else frozenset()
+            switched = frozenset(case.quantized(self._on) ^ base)
+            if switched not in known:
+                known[switched] = frozenset(self.sim.graph.downstream(acting_layers(self.sim, switched)))
+            found[case] = known[switched]
+        return found
 
     def _boundaries(self) -> set[int]:
         """The layers whose values some case starts from: what changed layers read from unchanged ones; and results."""
         graph, kept = self.sim.graph, {layer.index for layer in self.sim.graph.outputs if isinstance(layer, Layer)}
-        for unit in {case.unit for case in self.cases if case.unit is not None}:
-            dirty = graph.downstream(acting_layers(self.sim, unit.quantizers))
-            kept |= {source.index for index in dirty for source in graph.layers[index].inputs} - dirty
+        for changed in set(self._changed.values()):
+            kept |= {source.index for index in changed for source in graph.layers[index].inputs} - changed
         return kept
 
     def _count(self, replay: Replay | None) -> None:
         if replay is not None:
             self.work += Work(replay.counts.layer_calls, replay.counts.forwards)
-
-
-def _quantizers_of_layers(sim: QuantSim) -> list[tuple[str, str]]:
-    """By layer the keys in `sim.quantizers` of its weight's and its own output's quantizer, '' where it has none."""
-    keys = {id(quantizer): key for key, quantizer in sim.quantizers.items()}
-    found = []
-    for layer in sim.graph:
-        entry = sim.placed[layer.name]
-        output = entry.output if entry.role is Role.QUANTIZED else None
-        found.append((keys.get(id(entry.weight), ""), keys.get(id(output), "")))
-    return found

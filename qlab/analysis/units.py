@@ -13,6 +13,7 @@ from itertools import pairwise
 from qlab.errors import InputError, UnknownLayer, nearest
 from qlab.quantization import Quantizer
 from qlab.sim import Placed, QuantSim, Role
+from qlab.sim.integer_kernels import requantizer
 from qlab.sim.placement import matches_glob
 
 
@@ -94,6 +95,8 @@ def acting_layers(sim: QuantSim, quantizers: Iterable[str]) -> list[str]:
     found = []
     for name, entry in sim.placed.items():
         own = [entry.weight, entry.output if entry.role is Role.QUANTIZED else None]
+        if sim.preset.int32_bias:  # an integer kernel rounds its sum to the grid behind the ReLU that it is fused with
+            own.append(requantizer(sim, entry.layer))
         if any(quantizer is not None and id(quantizer) in switched for quantizer in own):
             found.append(name)
     return found

@@ -5,7 +5,7 @@ long as its key does, so results are those of a full run, bit for bit; a value t
 is computed again from what is.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,18 @@ class Replay:
         values = self._run(self._batches[batch], {o.index for o in self.graph.outputs if isinstance(o, Layer)}, commit)
         return self.graph.result(values)
 
+    def outputs_if(self, changed: Set[int]) -> list[Any]:
+        """The model's result for every probe batch if some layers compute something else than what is remembered.
+
+        changed: their indices, and those of all that depends on them. What is remembered stays; no key is computed.
+        """
+        results = {o.index for o in self.graph.outputs if isinstance(o, Layer)}
+        found = []
+        for stored in self._batches:
+            run = self._needed(results, stored.keys.keys() - changed)
+            found.append(self.graph.result(self._execute(stored, run, [], results, commit=False)))
+        return found
+
     def value(self, batch: int, name: str) -> Any:
         """The value of one layer for one probe batch."""
         index = self.graph[name].index
@@ -104,7 +116,7 @@ class Replay:
         keys = self.keys()
         if self.graph.runs_whole:
             return self._run_whole(stored, wanted, keys, commit)
-        run = self._needed(stored, wanted, keys)
+        run = self._needed(wanted, {index for index, key in stored.keys.items() if key == keys[index]})
         bypass = False
         if commit and stored.values and self._share(run) > self.full_share:
             bypass = not stored.bypassed
@@ -112,18 +124,18 @@ class Replay:
         elif commit:
             stored.bypassed = False
         if bypass or (not commit and self._share(run) > self.full_share):
-            run = self._needed(_Stored(stored.inputs), wanted, keys)
+            run = self._needed(wanted, set())
             self.counts.full_forwards += 1
             commit = False
         return self._execute(stored, run, keys, wanted, commit)
 
-    def _needed(self, stored: _Stored, wanted: set[int], keys: list[int]) -> list[bool]:
-        """Which layers must run so that `wanted` layers have values."""
+    def _needed(self, wanted: set[int], known: Set[int]) -> list[bool]:
+        """Which layers must run so that `wanted` layers have values, those of some being known."""
         needed = [index in wanted for index in range(len(self.graph))]
         run = [False] * len(self.graph)
         for layer in reversed(self.graph.layers):
             index = layer.index
-            if needed[index] and stored.keys.get(index) != keys[index]:
+            if needed[index] and index not in known:
                 run[index] = True
                 for source in layer.inputs:
                     needed[source.index] = True
