@@ -70,7 +70,7 @@ class Diagnosis:
         rows = "".join(
             f"<tr><td>{row.part}</td><td style='{_bar(row.share)}'>{row.share:.1%}</td>"
             f"<td>{row.share_error:.1%}</td><td>{row.sqnr:.1f}</td></tr>"
-            for row in self.parts.assign(share=self.parts.share.round(4) + 0.0).itertuples(index=False)  # no -0.0%
+            for row in self.parts.assign(share=self.parts.share.round(3) + 0.0).itertuples(index=False)  # no -0.0%
             if row.mse
         )
         head = "".join(f'<th scope="col">{name}</th>' for name in ("part of the error", "share", "±", "SQNR [dB]"))

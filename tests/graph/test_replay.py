@@ -95,6 +95,25 @@ def test_a_what_if_leaves_the_remembered_values_as_they_were():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("max_bytes", [0, 5_000, 1 << 30])
+def test_what_would_change_can_be_named_instead_of_found(max_bytes):
+    graph, changes, replay, full = make(residual().eval(), (3, 12, 12), max_bytes=max_bytes)
+    before = replay.outputs()
+    asked = []
+    replay.fingerprint = asked.append  # which nobody needs then
+    for name in [layer.name for layer in graph if layer.is_float]:
+        changes[name] = 0.5
+        dirty = graph.downstream([name])
+        calls = replay.counts.layer_calls
+        assert all(torch.equal(a, b) for a, b in zip(replay.outputs_if(dirty), full(), strict=True))
+        if max_bytes == 1 << 30:
+            assert replay.counts.layer_calls == calls + 3 * len(dirty)
+        changes[name] = 0.0
+    assert all(torch.equal(a, b) for a, b in zip(replay.outputs_if(set()), before, strict=True))
+    assert not asked
+
+
+@torch.no_grad()
 def test_the_value_of_one_layer_is_that_of_the_full_run():
     graph, _, replay, _ = make(chain(), (16,))
     want = {}
