@@ -2,13 +2,16 @@
 # make test   sets up .venv and runs every check; each step is a target of its own
 # make docs   builds the guide into site/, strictly
 # make notebooks    runs all notebooks and stores their outputs
+# make benchmark    measures what is not measured yet and prints the table   (SETS="digits resnet18", ARGS=--again)
+# make benchmark-aimet    the same for AIMET, in an environment of its own, .aimet
 # make binder       installs what Binder is told to, in an environment of its own, and runs the tour there; CI does so too
 # CPU=1       installs PyTorch from its CPU wheels: a much smaller download
 
 PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$python; break; }; done)
 BINDER_PYTHON = $(shell wanted=$$(sed s/-// binder/runtime.txt); $$wanted -c '' >/dev/null 2>&1 && echo $$wanted || echo $(PYTHON))
-INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
+CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
+INDEX := $(if $(CPU),$(CPU_INDEX))
 BIN := .venv/bin
 READY := .venv/.ready
 ONE_THREAD := OMP_NUM_THREADS=1
@@ -16,7 +19,7 @@ OFFLINE := PYTHONPATH=tests/notebooks/offline
 NBVAL := QLAB_BARS=0 $(OFFLINE) $(ONE_THREAD)
 NBVAL_OPTIONS := --nbval-sanitize-with tests/nbval_sanitize.cfg
 
-.PHONY: lab test notebooks lint types contracts unit docs notebooks-test browser binder
+.PHONY: lab test notebooks lint types contracts unit docs notebooks-test browser binder benchmark benchmark-aimet
 
 lab: $(READY)
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(firstword $(sort $(wildcard notebooks/*.ipynb))) $(ARGS)
@@ -64,6 +67,25 @@ binder:
 	$(ONE_THREAD) .binder/bin/python -m qlab.examples
 	.binder/bin/python -m pip install --quiet nbval --constraint constraints.txt
 	$(NBVAL) .binder/bin/python -m pytest -c /dev/null --rootdir . --nbval notebooks/00_tour.ipynb $(NBVAL_OPTIONS)
+
+benchmark: $(READY)
+	$(BIN)/python -m benchmarks $(SETS) $(ARGS)
+
+# AIMET without torchvision, which it asks for names only and which is not built for every torch (benchmarks/aimet.py)
+AIMET := 2.42.0
+AIMET_NEEDS := Jinja2 PyYAML "bokeh>=3.3,<=3.6.3" cvxpy holoviews hvplot jsonschema matplotlib networkx numpy onnx \
+	onnx_ir onnxscript osqp pandas psutil pybind11 safetensors scikit-learn scipy tensorboard tqdm
+
+benchmark-aimet: .aimet/.ready
+	PYTHONPATH=. $(ONE_THREAD) .aimet/bin/python -m benchmarks.aimet $(SETS) $(ARGS)
+	$(if $(wildcard $(READY)),$(BIN)/python -m benchmarks --show)
+
+.aimet/.ready:
+	rm -rf .aimet
+	$(PYTHON) -m venv .aimet
+	.aimet/bin/python -m pip install $(CPU_INDEX) $$(grep ^torch== constraints.txt) $(AIMET_NEEDS)
+	.aimet/bin/python -m pip install --no-deps aimet-torch==$(AIMET)
+	@touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "qlab needs Python 3.11 or newer as python3 on PATH; none was found. Install it and run make again."; exit 1; }

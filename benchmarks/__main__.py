@@ -1,62 +1,76 @@
-"""All ratios of the engine in one table.
+"""All ratios in one table: measured by the programs of this folder, each in a process of its own.
 
-    python -m benchmarks [NAME ...] [--threads 1 2] [--repeats 7] [--forward] [--compile] [--show]
+    python -m benchmarks [SET ...] [--threads 1 2] [--repeats 7] [--again]   # measures what is not there yet
+    python -m benchmarks --show      # shows what is there
+    python -m benchmarks --readme    # puts it into README.md and docs/benchmarks.md
 
-Names as benchmarks/engine.py takes them; without any, all of them, of the large ones (resnet50, mobilenet_v2, vit_b_16,
-bert_base_encoder) the forward pass only. Each model is measured in a process of its own, its rows replace the earlier
-ones in benchmarks/results/engine.json, and the whole table is printed. --show prints it without measuring. The other
-programs of this folder measure what their first lines say, and print for themselves.
+Sets: digits, resnet18, resnet50, mobilenet_v2, vit_b_16, bert_base_encoder, person (import, first fix, first dashboard
+in a browser), growth; without any, all. What was measured on this machine with qlab as it is now is not measured again
+unless --again: stop at any time, the same command goes on. AdaRound and AutoQuant of the larger networks are
+measured with one thread only.
 """
 
 import argparse
-import json
-import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 from benchmarks import table
+from benchmarks.models import DIGITS, LARGE, NAMES
 
-SMALL = ("kernel", "digits_mobilenet", "digits_resnet", "resnet18")
-LARGE = ("resnet50", "mobilenet_v2", "vit_b_16", "bert_base_encoder")
+SETS = ("digits", *(name for name in NAMES if name not in DIGITS), "person", "growth")
 
 
-def measured(name: str, threads: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The rows of one model, from a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "rows.json"
-        command = [sys.executable, str(Path(__file__).with_name("engine.py")), name, "--json", str(result)]
-        command += ["--threads", str(threads), "--repeats", str(options.repeats)]
-        command += ["--forward"] if options.forward or (name in LARGE and not options.names) else []
-        command += ["--compile"] if options.compile else []
-        subprocess.run(command, check=True)
-        rows = json.loads(result.read_text())[name]
-        if name != "kernel" and threads == 1 and Path("/proc/self/clear_refs").exists():
-            subprocess.run([*command, "--memory"], check=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
-            rows |= json.loads(result.read_text())[name]
-        return rows
+def commands(name: str, threads: list[int], repeats: int) -> list[list[str]]:
+    """The programs of a set, with their arguments."""
+    if name == "growth":
+        return [["growth", "--repeats", "3"]]
+    if name == "person":
+        few = [["engine", "kernel", "--threads", str(n), "--repeats", str(repeats)] for n in threads]
+        return [*few, *(["first_fix", "--threads", str(n)] for n in threads), ["dashboard", "--edits", "200"]]
+    models = list(DIGITS) if name == "digits" else [name]
+    found = []
+    for n in threads:
+        end = ["--threads", str(n)]
+        found += [
+            ["engine", *models, *end, "--repeats", str(repeats)],
+            ["qat", "steps", *models, *end, "--repeats", str(repeats)],
+            ["analyzer", *models, *end],
+        ]
+        if n == 1 or name not in LARGE:
+            found.append(["auto_quant", "total", *models, *end])
+            found += [] if name == "digits" else [["adaround", "layers", *models, *end]]
+    return found
 
 
 def main() -> None:
-    """Measures what was asked for, keeps it and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*")
+    """Measures what was asked for and is not there, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="*")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)
-    for flag in ("--forward", "--compile", "--show"):
+    for flag in ("--again", "--show", "--readme"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
-    kept = table.read("engine")
-    rows = kept.setdefault("rows", {})
-    for name in () if options.show else options.names or (*SMALL, *LARGE):
-        for threads in options.threads:
-            for row, values in measured(name, threads, options).items():
-                rows.setdefault(name, {}).setdefault(row, {})[str(threads)] = values
-            kept["machine"] = table.machine()
-            table.write("engine", kept)
-    print("\n".join(table.lines(rows, table.read("aimet").get("rows"))))
-    print(f"\nmeasured on {kept.get('machine', 'nothing yet')}")
+    unknown = set(options.sets) - set(SETS)
+    if unknown:
+        parser.error(f"there is no set {', '.join(sorted(unknown))}; there are {', '.join(SETS)}")
+    failed = []
+    for name in () if options.show or options.readme else options.sets or SETS:
+        for program, *arguments in commands(name, options.threads, options.repeats):
+            command = [sys.executable, "-m", f"benchmarks.{program}", *arguments, "--keep"]
+            command += ["--again"] if options.again else []
+            if subprocess.run(command).returncode:
+                failed.append(" ".join([program, *arguments]))
+    print("\n".join(table.lines(table.collected(), table.read("aimet").get("rows", {}))))
+    print(f"\n{table.where()}")
+    if options.readme:
+        for page in table.PAGES:
+            before, after = table.placed(page)
+            if after != before:
+                (table.REPOSITORY / page).write_text(after, encoding="utf-8")
+            print(f"{page} is up to date.")
+    if failed:
+        sys.exit("\n".join(["these did not end well:", *failed]))
 
 
 if __name__ == "__main__":

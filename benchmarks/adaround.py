@@ -1,8 +1,13 @@
 """What AdaRound's fast form reaches against the paper's at 10,000 iterations, and what each of them costs.
 
-    python benchmarks/adaround.py              # W4A8 on the digits networks; an hour and a half on one core
-    python benchmarks/adaround.py resnet18     # ResNet-18, 256 images of 224 px: time and peak memory
-    python benchmarks/adaround.py show         # the tables of what is recorded
+    python -m benchmarks.adaround              # W4A8 on the digits networks; an hour and a half on one core
+    python -m benchmarks.adaround resnet18     # ResNet-18, 256 images of 224 px: time and peak memory
+    python -m benchmarks.adaround layers [NAME ...] [--threads 1]  # two layers of the larger networks, sgd extrapolated
+    python -m benchmarks.adaround show         # the tables of what is recorded
+
+Layers: the first and the middle one, W4A8, 32 samples. What a step of sgd costs is the difference of 25 and 5 steps,
+and 10,000 are told; the time of the others holds the passes over the data, which a whole network shares, so that the
+ratios are rather too high.
 
 Every finished run is a row of benchmarks/results/adaround.json; a row that is there is not run again, so the program
 can be stopped at any time and goes on where it was. A seed chooses the 256 training images that are given and what sgd
@@ -22,11 +27,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
 from torch import Tensor
 
 import qlab
+from benchmarks import models
+from benchmarks.measuring import Row, exactly, middle, seconds
+from benchmarks.models import NAMES
+from benchmarks.record import Record
 
 RESULTS = Path(__file__).parent / "results" / "adaround.json"
 NETWORKS = {"MobileNet": qlab.examples.mobilenet, "ResNet": qlab.examples.resnet, "ViT": qlab.examples.vit}
@@ -38,6 +46,8 @@ METHODS: dict[str, qlab.techniques.Technique | None] = {
     "sgd": qlab.AdaRound(method="sgd", iterations=10_000),
 }
 IMAGES, SEEDS = 256, (0, 1, 2)
+STEPS = 10_000
+OF_TABLE = {"digits_mobilenet": "MobileNet", "digits_resnet": "ResNet"}
 
 
 def settings() -> Iterator[tuple[str, str, int, str]]:
@@ -121,6 +131,44 @@ def resnet18(recorded: dict[str, Any]) -> None:
     print(recorded["resnet18"])
 
 
+def rows_of_digits(recorded: dict[str, Any]) -> dict[str, dict[str, Row]]:
+    """What the table shows of the whole digits networks: the time of each form over that of sgd, over all settings."""
+    times = {
+        tuple(row[key] for key in ("network", "granularity", "seed", "method")): row["processor_s"]
+        for row in recorded["digits"]
+    }
+    found: dict[str, dict[str, Row]] = {}
+    for name, network in OF_TABLE.items():
+        for method in ("auto", "gram"):
+            ratios = [
+                times[*key[:3], method] / spent
+                for key, spent in times.items()
+                if key[0] == network and key[3] == "sgd" and (*key[:3], method) in times
+            ]
+            if ratios:
+                found.setdefault(name, {})[f"AdaRound {method} / sgd, time"] = middle(ratios)
+    return found
+
+
+def layers(name: str) -> dict[str, Row]:
+    """The time of each form over that of sgd, of two layers."""
+    model, x = models.load(name)
+    batches = list(torch.randn(32, *x.shape[1:]).split(4))
+    original = qlab.QuantSim(model, batches[0][:2], qlab.presets.w4a8())
+    original.calibrate(batches[:1])
+    weighted = [layer for layer in original.layers if original[layer].weight is not None]
+    chosen = (weighted[0], weighted[len(weighted) // 2])
+
+    def spent(**settings: Any) -> float:
+        sim = copy.deepcopy(original)
+        return seconds(lambda: qlab.AdaRound(layers=chosen, **settings).apply(sim, batches))
+
+    few, more = spent(method="sgd", iterations=5), spent(method="sgd", iterations=25)
+    sgd = more + (STEPS - 25) * max(more - few, 0.0) / 20
+    rows = {f"AdaRound {method} / sgd, time": exactly(spent(method=method) / sgd) for method in ("auto", "gram")}
+    return rows | {"AdaRound of two layers by sgd, extrapolated, s": exactly(sgd)}
+
+
 def peak_bytes() -> int:
     """The largest memory that this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -176,19 +224,38 @@ def read() -> dict[str, Any]:
 
 
 def write(recorded: dict[str, Any]) -> None:
-    """Writes the results, renamed into place."""
+    """Writes the results, renamed into place, with the rows of the table that follow from them."""
+    for name, rows in rows_of_digits(recorded).items():
+        mine = recorded.setdefault("rows", {}).setdefault(name, {})
+        mine.update({row: {"1": values} for row, values in rows.items()})
     RESULTS.parent.mkdir(exist_ok=True)
     temporary = RESULTS.with_suffix(".part")
     temporary.write_text(json.dumps(recorded, indent=1) + "\n")
     os.replace(temporary, RESULTS)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Runs the part that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="digits", choices=("digits", "resnet18", "show"))
-    asked = parser.parse_args().part
-    torch.set_num_threads(1)
+    parser.add_argument("part", nargs="?", default="digits", choices=("digits", "resnet18", "layers", "show"))
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--threads", type=int, default=1)
+    for flag in ("--keep", "--again"):
+        parser.add_argument(flag, action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    if asked.part == "layers":
+        record = Record("adaround", asked.keep, asked.again)
+        for name in asked.names or [name for name in NAMES if name not in OF_TABLE]:
+            torch.manual_seed(0)
+            if record.lacks(name, asked.threads, "layers"):
+                record.add(name, asked.threads, "layers", layers(name))
+        return
     found = read()
-    {"digits": digits, "resnet18": resnet18, "show": show}[asked](found)
-    if asked == "digits":
+    {"digits": digits, "resnet18": resnet18, "show": show}[asked.part](found)
+    if asked.part == "digits":
         show(found)
+
+
+if __name__ == "__main__":
+    main()

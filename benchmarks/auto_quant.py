@@ -1,21 +1,27 @@
 """What AutoQuant and mixed precision reach on the digits networks, and at what cost in forwards.
 
-    python benchmarks/auto_quant.py            # all of it, a few minutes on one core
-    python benchmarks/auto_quant.py mixed      # mixed precision only; also: auto
+    python -m benchmarks.auto_quant reach [mixed | auto]                   # what they reach: a few minutes on one core
+    python -m benchmarks.auto_quant total [NAME ...] [--threads 1] [--keep]  # seconds and memory of AutoQuant
 
 AutoQuant starts from the MobileNet whose channels were rescaled by three orders of magnitude (the same float function)
 and stands beside every single technique. Mixed precision stands beside one width for all layers, at the same size; its
 work is counted in images that pass the network (a backward as two), against one evaluation a layer and width.
+
+Total: every stage tried (no target to stop at), W8A8; the digits with 256 images to calibrate and accuracy on 597, the
+other networks with 8 samples, scored by their SQNR. Seconds of the processor for one thread, else of the wall.
 """
 
+import argparse
 import copy
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 import qlab
+from benchmarks.measuring import RESET, Row, exactly, peak_bytes, seconds
+from benchmarks.models import DIGITS, NAMES, load
+from benchmarks.record import Record
 from qlab.techniques import TECHNIQUES
 
 SINGLE = ("BatchNormFolding", "CrossLayerEqualization", "AdaRound", "GPTQ", "SequentialMSE", "BiasCorrection")
@@ -94,8 +100,45 @@ def counted() -> Iterator[list[int]]:
         torch.nn.functional.linear, torch.autograd.grad = linear, grad
 
 
+def total(name: str) -> dict[str, Row]:
+    """What AutoQuant costs from a calibrated sim to its result."""
+    model, x = load(name)
+    digits = qlab.examples.digits()
+    batches = digits.calibration(8) if name in DIGITS else list(torch.randn(8, *x.shape[1:]).split(2))
+    score = qlab.Accuracy(digits.test) if name in DIGITS else qlab.SQNR(batches)
+    sim = qlab.QuantSim(model, batches[0])
+    sim.calibrate(batches)
+    auto, spent = qlab.AutoQuant(stop_at_target=False), []
+
+    def work() -> None:
+        spent.append(seconds(lambda: auto.apply(sim, batches, score=score)))
+
+    rows = {"peak memory, AutoQuant, MiB": exactly(peak_bytes(work) / 2**20)} if RESET.exists() else {}
+    if not spent:
+        work()
+    return {"AutoQuant total, s": exactly(spent[0]), **rows}
+
+
+def main() -> None:
+    """Measures what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("reach", "total"))
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--threads", type=int, default=1)
+    for flag in ("--keep", "--again"):
+        parser.add_argument(flag, action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    if asked.part == "reach":
+        for part in asked.names or ("mixed", "auto"):
+            {"mixed": mixed, "auto": auto}[part]()
+        return
+    record = Record("auto_quant", asked.keep, asked.again)
+    for name in asked.names or NAMES:
+        torch.manual_seed(0)
+        if record.lacks(name, asked.threads, "AutoQuant"):
+            record.add(name, asked.threads, "AutoQuant", total(name))
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    asked = sys.argv[1:] or ["mixed", "auto"]
-    for part in asked:
-        {"mixed": mixed, "auto": auto}[part]()
+    main()

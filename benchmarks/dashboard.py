@@ -1,11 +1,12 @@
 """The dashboard of 300 layers, measured in a real JupyterLab: time to be there, echo of an edit, traffic, leaks.
 
-    python -m benchmarks.dashboard [--edits 1000] [--busy]
+    python -m benchmarks.dashboard [--edits 1000] [--busy] [--keep]
 
 Run from the repository; needs Chromium. Times are medians, taken in the page from the key to the painted answer.
 Beside each stands the processor time that the kernel and the page spent on it, which other work on the machine
 hardly changes. --busy: another process keeps a core busy meanwhile. The figures are printed, and kept in
-benchmarks/results/dashboard.json in place of the earlier ones, those of a busy machine beside those of a quiet one.
+benchmarks/results/dashboard.json in place of the earlier ones, those of a busy machine beside those of a quiet one,
+which are in the table of all benchmarks. --keep: what was measured with qlab as it is now is not measured again.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from typing import Any
 from playwright.sync_api import CDPSession, Page, sync_playwright
 
 from benchmarks import table
+from benchmarks.measuring import exactly
+from benchmarks.record import Record
 from tests.browser.conftest import CHROMIUM_ARGUMENTS, Notebook, new_notebook, running_jupyterlab
 from tests.conftest import find_chromium
 
@@ -238,8 +241,12 @@ def main() -> None:
     """Starts JupyterLab and Chromium, and measures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--edits", type=int, default=1000)
-    parser.add_argument("--busy", action="store_true")
+    for flag in ("--busy", "--keep", "--again"):
+        parser.add_argument(flag, action="store_true")
     arguments = parser.parse_args()
+    record = Record("dashboard", again=arguments.again or not arguments.keep or arguments.busy)
+    if not record.lacks("dashboard", 1, "in the page"):
+        return
     beside = a_busy_core() if arguments.busy else contextlib.nullcontext()
     with (
         beside,
@@ -253,8 +260,12 @@ def main() -> None:
             print(row, flush=True)
             rows.append(asdict(row))
         browser.close()
-    found = {"rows": rows, "machine": table.machine()}
-    table.write("dashboard", table.read("dashboard") | {"busy" if arguments.busy else "quiet": found})
+    record.found["busy" if arguments.busy else "quiet"] = {"rows": rows, "machine": table.machine()}
+    if arguments.busy:
+        record.write()
+    else:
+        shown = {f"{row['name']}, {row['unit']}": exactly(row["value"]) for row in rows if row["unit"] in ("ms", "MB")}
+        record.add("dashboard", 1, "in the page", shown)
 
 
 if __name__ == "__main__":

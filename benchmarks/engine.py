@@ -1,79 +1,74 @@
-"""Prints what the engine costs, as ratios measured side by side in one run.
+"""What the engine costs, as ratios measured side by side in one run.
 
-    python benchmarks/engine.py [NAME ...] [--threads 1] [--repeats 7] [--forward] [--compile] [--memory] [--json FILE]
+    python -m benchmarks.engine [NAME ...] [--steps forward ...] [--threads 1] [--repeats 7] [--compile] [--keep]
 
-Names: kernel (rounding one tensor, and the import), digits_mobilenet, digits_resnet, resnet18, resnet50, mobilenet_v2,
-vit_b_16, bert_base_encoder. The float forward is that of the same model with BatchNorm not folded unless a row says so,
-in eval mode without gradient. Every row is a median of interleaved repeats, with the spread from the lower to the upper
-quartile. With one thread the time is that of the processor, which other programs disturb little; with more it is that
-of the wall. --forward: the rows of the forward pass only, for large models. --compile: sim.compile() as well.
+Names: kernel (rounding one tensor, and the import), and those of benchmarks/models.py. The float forward is that of the
+same model with BatchNorm not folded unless a row says so, in eval mode without gradient. Every ratio is one of medians
+of interleaved repeats, with its quartiles; what is told in seconds is a median. The forward pass is measured on
+the batch that the table names, everything else of the five large models on two samples. Steps: forward, calibrate
+(every range rule, on 8 batches of the digits or 2 of the others), edit, export, memory, dashboard. --keep: kept for the
+table, and what is done is not measured again.
 """
 
 import argparse
 import copy
-import json
+import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
-import models
 import torch
 from torch import Tensor, nn
 
 import qlab
+from benchmarks.measuring import RESET, Row, exactly, interleaved, middle, peak_bytes, ratio, seconds
+from benchmarks.models import DIGITS, LARGE, NAMES, load
+from benchmarks.record import Record
 from qlab.graph import Replay
 from qlab.quantization.fake_quantize import fake_quantize, fake_quantize_
-from qlab.sim import Role
+from qlab.sim import QuantizedLayer, Role
 
-DIGITS = {"digits_mobilenet": "mobilenet", "digits_resnet": "resnet"}
-SIZE = (8, 3, 224, 224)
-TOKENS = (8, 128, 768)
 TENSOR = 1_605_632  # numbers: 32 channels of 112 x 112 positions, 4 images
-Row = dict[str, float]
+RULES = ("min_max", "percentile", "mse", "sqnr", "entropy")
+UNFRAGMENTED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back, so that peaks are peaks
 
 
-def load(name: str) -> tuple[nn.Module, Tensor]:
-    """A model in eval mode and one batch: 64 digits, or 8 images of noise."""
-    if name in DIGITS:
-        images = torch.cat([x for x, _ in qlab.examples.digits().test])
-        return getattr(qlab.examples, DIGITS[name])().eval(), images[:64]
-    size = TOKENS if name == "bert_base_encoder" else SIZE
-    return models.warmed_up(getattr(models, name)(), size), torch.randn(size)
+class Case:
+    """A model, its batch, its sim calibrated on the batches that most steps take; made when first asked for."""
 
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-def seconds(work: Callable[[], object]) -> float:
-    """Seconds of one call: of the processor where one thread computes, else of the wall."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    begin = clock()
-    work()
-    return clock() - begin
+    @cached_property
+    def loaded(self) -> tuple[nn.Module, Tensor]:
+        """The model and the batch that the table names."""
+        return load(self.name)
 
+    @property
+    def model(self) -> nn.Module:
+        """In eval mode."""
+        return self.loaded[0]
 
-def interleaved(repeats: int, *works: Callable[[], object]) -> list[list[float]]:
-    """Seconds of each work, one after the other in every repeat, so that a disturbance meets all of them."""
-    for work in works:
-        work()
-    times: list[list[float]] = [[] for _ in works]
-    for _ in range(repeats):
-        for work, found in zip(works, times, strict=True):
-            found.append(seconds(work))
-    return times
+    @property
+    def batches(self) -> list[Tensor]:
+        """What calibration takes."""
+        x = self.loaded[1]
+        return [x] * 8 if self.name in DIGITS else [x[:2] if self.name in LARGE else x] * 2
 
-
-def ratio(part: list[float], whole: list[float]) -> Row:
-    """The ratio of the medians, and the quartiles of the ratios of each repeat."""
-    each = sorted(a / b for a, b in zip(part, whole, strict=True))
-    low, _, high = statistics.quantiles(each, n=4)
-    return {"ratio": statistics.median(part) / statistics.median(whole), "low": low, "high": high}
+    @cached_property
+    def sim(self) -> qlab.QuantSim:
+        """Calibrated."""
+        sim = qlab.QuantSim(self.model, self.loaded[1][:2])
+        sim.calibrate(self.batches)
+        return sim
 
 
 def kernel(repeats: int) -> dict[str, Row]:
-    """Rounding one tensor against ReLU on it, in place and not, and what the import costs."""
+    """Rounding one tensor against ReLU on it, in place and not."""
     x, encoding = torch.randn(TENSOR), qlab.Encoding(torch.tensor(0.02), torch.tensor(128.0), 0, 255)
     with torch.no_grad():
         inside, outside, rounded, rounded_ = interleaved(
@@ -83,127 +78,165 @@ def kernel(repeats: int) -> dict[str, Row]:
         "rounding a copy / ReLU": ratio(rounded, outside),
         "rounding in place / ReLU": ratio(rounded_, outside),
         "rounding in place / ReLU in place": ratio(rounded_, inside),
-        **import_seconds(5),
     }
 
 
-def forward(model: nn.Module, x: Tensor, sim: qlab.QuantSim, repeats: int, with_compiled: bool) -> dict[str, Row]:
-    """The sim's forward beside the float one, as it is, folded, and compiled; and the memory of each."""
-    exact, quantized = interleaved(repeats, lambda: model(x), lambda: sim(x))
+@torch.no_grad()
+def forward(case: Case, repeats: int) -> dict[str, Row]:
+    """The sim's forward beside the float one, as it is and folded."""
+    model, x = case.loaded
+    exact, quantized = interleaved(repeats, lambda: model(x), lambda: case.sim(x))
     rows = {"sim forward / float forward": ratio(quantized, exact)}
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        folded = copy.deepcopy(sim)
+        folded = copy.deepcopy(case.sim)
         qlab.BatchNormFolding().apply(folded)
-        folded.calibrate([x])
+        folded.calibrate(case.batches)
         exact, quantized = interleaved(repeats, lambda: folded.float_output(x), lambda: folded.output(x))
-        rows["the same, BatchNorm folded in both"] = ratio(quantized, exact)
-        del folded
-    if with_compiled:
-        compiled = sim.compile()
-        exact, quantized = interleaved(repeats, lambda: model(x), lambda: compiled(x))
-        rows["compiled sim forward / float forward"] = ratio(quantized, exact)
+        rows["sim forward / float forward, BatchNorm folded in both"] = ratio(quantized, exact)
     return rows
 
 
 @torch.no_grad()
-def memory(name: str) -> dict[str, Row]:
-    """Peaks above what is held anyway, weights among it; run with MALLOC_MMAP_THRESHOLD_=65536, so that what is freed
-    is given back."""
-    model, x = load(name)
-    sim = qlab.QuantSim(model, x[:2])
-    floats, calibrations, sims = (
-        peak_bytes(work) for work in (lambda: model(x), lambda: sim.calibrate([x]), lambda: sim(x))
-    )
+def compiled(case: Case, repeats: int) -> dict[str, Row]:
+    """The compiled sim beside the float model as it is, and beside the compiled float model."""
+    model, x = case.loaded
+    ours, theirs = case.sim.compile(), torch.compile(model)
+    exact, fast, quantized = interleaved(repeats, lambda: model(x), lambda: theirs(x), lambda: ours(x))
     return {
-        "peak memory, float forward, MiB": exactly(floats / 2**20),
-        "peak memory, sim forward / float forward": exactly(sims / floats),
-        "peak memory, calibrate / float forward": exactly(calibrations / floats),
+        "compiled sim forward / float forward": ratio(quantized, exact),
+        "compiled sim forward / compiled float forward": ratio(quantized, fast),
     }
 
 
-RESET = Path("/proc/self/clear_refs")
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """How much the memory of the process rises above its start while `work` is done."""
-
-    def field(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-
-    RESET.write_text("5")
-    began = field("VmRSS")
-    work()
-    return field("VmHWM") - began
-
-
-def exactly(value: float) -> Row:
-    """A row of one measurement."""
-    return {"ratio": value, "low": value, "high": value}
-
-
-def measure(name: str, repeats: int, forward_only: bool = False, with_compiled: bool = False) -> dict[str, Row]:
-    """The rows of one model."""
-    if name == "kernel":
-        return kernel(repeats)
-    model, x = load(name)
-    sim = qlab.QuantSim(model, x[:2])
-    batches = [x] * (8 if name in DIGITS else 2)
-    sim.calibrate(batches)
-    with torch.no_grad():
-        rows = forward(model, x, sim, repeats, with_compiled)
-        if forward_only:
-            return rows
-        for rule in ("min_max", "sqnr", "entropy"):
-            sim.configure("*", output={"rule": rule})
-            few = max(repeats // 2, 3)
-            exact, calibrated = interleaved(few, lambda: [model(b) for b in batches], lambda: sim.calibrate(batches))
-            rows[f"calibrate {rule}, {len(batches)} batches / float forwards"] = ratio(calibrated, exact)
-        replay = Replay(sim.graph, [sim.inputs(x)], sim.call, sim.fingerprint, _is_boundary(sim))
-        replay.outputs()
-        weighted = [layer for layer in sim.layers.values() if layer.weight is not None]
-        places = {"input": weighted[0], "middle": weighted[len(weighted) // 2], "output": weighted[-1]}
-        for place, layer in places.items():
-
-            def edit(layer: qlab.sim.QuantizedLayer = layer) -> None:
-                assert layer.weight is not None
-                layer.weight.bits = 12 - layer.weight.bits
-                replay.outputs()
-
-            full, edited = interleaved(repeats, lambda: sim(x), edit)
-            rows[f"edit near the {place} / sim forward"] = ratio(edited, full)
-        with tempfile.TemporaryDirectory() as folder:
-            exact, exported = interleaved(3, lambda: model(x), lambda: sim.export(Path(folder) / "model"))
-        rows["export / float forward"] = ratio(exported, exact)
-    if name in (*DIGITS, "resnet18"):
-        rows |= training(model, x, sim, max(repeats // 2, 3))
-    return rows
-
-
-def training(model: nn.Module, x: Tensor, sim: qlab.QuantSim, repeats: int) -> dict[str, Row]:
-    """A training step of each mode against a float step with the same optimizer."""
-
-    def stepper(module: nn.Module) -> Callable[[], None]:
-        optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            module(x).square().mean().backward()
-            optimizer.step()
-
-        return step
-
+@torch.no_grad()
+def calibrate(case: Case, repeats: int) -> dict[str, Row]:
+    """Calibration by each rule beside the float forwards of the same batches."""
     rows = {}
-    for mode in ("regular", "range_learning"):
-        sim.qat(mode)
-        exact, quantized = interleaved(repeats, stepper(model), stepper(sim))
-        rows[f"training step, {mode} / float step"] = ratio(quantized, exact)
-        sim.qat(None)
+    for rule in RULES:
+        case.sim.configure("*", output={"rule": rule})
+        exact, calibrated = interleaved(
+            max(repeats // 2, 2),
+            lambda: [case.model(x) for x in case.batches],
+            lambda: case.sim.calibrate(case.batches),
+        )
+        rows[f"calibrate {rule} / float forwards"] = ratio(calibrated, exact)
     return rows
+
+
+@torch.no_grad()
+def edit(case: Case, repeats: int) -> dict[str, Row]:
+    """One weight at other bits and the outputs that follow, beside a full forward of the sim."""
+    x, sim = case.batches[0], case.sim
+    replay = replay_of(sim, x)
+    weighted = [layer for layer in sim.layers.values() if layer.weight is not None]
+    rows = {}
+    for place, layer in (("input", weighted[0]), ("middle", weighted[len(weighted) // 2]), ("output", weighted[-1])):
+        full, edited = interleaved(repeats, lambda: sim(x), edit_of(layer, replay))
+        rows[f"edit near the {place} / sim forward"] = ratio(edited, full)
+    return rows
+
+
+def replay_of(sim: qlab.QuantSim, x: Tensor) -> Replay:
+    """What remembers values of one batch, filled."""
+
+    def is_boundary(layer: object) -> bool:
+        return sim.placed[layer.name].role is not Role.FUSED  # type: ignore[attr-defined]
+
+    replay = Replay(sim.graph, [sim.inputs(x)], sim.call, sim.fingerprint, is_boundary)
+    replay.outputs()
+    return replay
+
+
+def edit_of(layer: QuantizedLayer, replay: Replay) -> Callable[[], None]:
+    """Switches a weight between 8 and 4 bits, and runs what follows."""
+
+    def change() -> None:
+        assert layer.weight is not None
+        layer.weight.bits = 12 - layer.weight.bits
+        replay.outputs()
+
+    return change
+
+
+def export(case: Case, repeats: int) -> dict[str, Row]:
+    """Seconds to write the ONNX files and encodings."""
+    with tempfile.TemporaryDirectory() as folder:
+        times = [seconds(lambda: case.sim.export(Path(folder) / "model")) for _ in range(min(repeats, 3))]
+    return {"export, s": middle(times)}
+
+
+def dashboard(case: Case, repeats: int) -> dict[str, Row]:
+    """Seconds of the kernel until the dashboard's widgets are there; benchmarks/dashboard.py measures the page."""
+
+    def build() -> None:
+        qlab.views.Dashboard(qlab.Lab(case.sim, case.batches)).close()
+
+    build()
+    return {"dashboard built in the kernel, s": middle([seconds(build) for _ in range(min(repeats, 5))])}
+
+
+def memory(case: Case, repeats: int) -> dict[str, Row]:
+    """Peaks above what is held before, weights among it; see `peak_bytes`."""
+    small = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    for work in works_of_memory(small, [torch.randn(2, 1, 8, 8)]).values():  # everything is imported
+        work()
+    peaks = {name: peak_bytes(work) for name, work in works_of_memory(case.model, case.batches).items()}
+    base, step = peaks.pop("float forward"), peaks.pop("float step")
+    rows = {"peak memory, float forward, MiB": exactly(base / 2**20)}
+    for name, peak in peaks.items():
+        other, whole = ("float step", step) if name.startswith("training") else ("float forward", base)
+        rows[f"peak memory, {name} / {other}"] = exactly(peak / max(whole, 1))
+    return rows
+
+
+def works_of_memory(model: nn.Module, batches: list[Tensor]) -> dict[str, Callable[[], object]]:
+    """Whose peaks are measured, in this order."""
+    x, float_twin, sim = batches[0], copy.deepcopy(model), qlab.QuantSim(model, batches[0][:2])
+    weighted = [name for name, layer in sim.layers.items() if layer.weight is not None]
+    some = weighted[len(weighted) // 2]
+
+    def float_forward() -> None:
+        with torch.no_grad():
+            model(x)
+
+    def export() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            sim.export(Path(folder) / "model")
+
+    def replayed() -> None:
+        with torch.no_grad():
+            edit_of(sim[weighted[0]], replay_of(sim, x))()
+
+    def step(module: nn.Module) -> None:
+        module(x).square().mean().backward()
+
+    def trained(mode: str) -> None:
+        sim.zero_grad()
+        sim.qat(mode)
+        step(sim)
+
+    return {
+        "float forward": float_forward,
+        "calibrate": lambda: sim.calibrate(batches),
+        "sim forward": lambda: sim.output(x),
+        "edit near the input, all remembered": replayed,
+        "analyzer of one layer, estimate of all": lambda: qlab.QuantAnalyzer(layers=some).measure(sim, [x]),
+        "AdaRound of one layer": lambda: qlab.AdaRound(layers=some).apply(sim, [x]),
+        "export": export,
+        "dashboard": lambda: qlab.views.Dashboard(qlab.Lab(sim, [x])).close(),
+        "float step": lambda: step(float_twin),
+        "training step, regular": lambda: trained("regular"),
+        "training step, range learning": lambda: trained("range_learning"),
+    }
 
 
 def import_seconds(repeats: int) -> dict[str, Row]:
     """What `import qlab` takes beyond `import torch`, in seconds of the processor."""
+    return {"import beyond import torch, s": middle([extra_seconds("qlab") for _ in range(repeats)])}
+
+
+def extra_seconds(package: str) -> float:
+    """Processor seconds of a process that imports torch and the package, less those of one that imports torch."""
 
     def run(code: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -211,38 +244,53 @@ def import_seconds(repeats: int) -> dict[str, Row]:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    extra = sorted(run("import torch, qlab") - run("import torch") for _ in range(repeats))
-    low, middle, high = statistics.quantiles(extra, n=4)
-    return {"import qlab beyond import torch, seconds": {"ratio": middle, "low": low, "high": high}}
+    return run(f"import torch, {package}") - run("import torch")
 
 
-def _is_boundary(sim: qlab.QuantSim) -> Callable[[object], bool]:
-    return lambda layer: sim.placed[layer.name].role is not Role.FUSED  # type: ignore[attr-defined]
+STEPS: dict[str, Callable[[Case, int], dict[str, Row]]] = {
+    "forward": forward,
+    "calibrate": calibrate,
+    "edit": edit,
+    "export": export,
+    "dashboard": dashboard,
+    "memory": memory,
+    "compiled": compiled,
+}
 
 
 def main() -> None:
-    """Prints the table and, when asked, writes it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=["kernel", "digits_mobilenet", "digits_resnet", "resnet18"])
+    """Measures what was asked for, and keeps it when asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=["kernel", *NAMES])
+    parser.add_argument("--steps", nargs="+", default=[step for step in STEPS if step != "compiled"], choices=STEPS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--forward", action="store_true")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--memory", action="store_true", help="peaks of memory only")
-    parser.add_argument("--json", type=Path)
+    for flag in ("--keep", "--again"):
+        parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
-    torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    found = {
-        name: memory(name) if options.memory else measure(name, options.repeats, options.forward, options.compile)
-        for name in options.names
-    }
-    for name, rows in found.items():
-        print(f"{name} ({options.threads} thread{'s' if options.threads > 1 else ''})")
-        for row, values in rows.items():
-            print(f"  {row:55} {values['ratio']:6.3f}   {values['low']:.3f} to {values['high']:.3f}")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    record = Record("engine", options.keep, options.again)
+    for name in options.names:
+        torch.manual_seed(0)
+        if name == "kernel":
+            for step, work in (("rounding", kernel), ("import", import_seconds)):
+                if (step == "rounding" or options.threads == 1) and record.lacks(name, options.threads, step):
+                    record.add(name, options.threads, step, work(options.repeats))
+            continue
+        case = Case(name)
+        for step in options.steps:
+            if step == "memory" and (not RESET.exists() or options.threads > 1):
+                continue
+            if not record.lacks(name, options.threads, step):
+                continue
+            if step == "memory" and not UNFRAGMENTED.items() <= os.environ.items():
+                command = [sys.executable, "-m", "benchmarks.engine", name, "--steps", "memory"]
+                command += ["--keep"] if options.keep else []
+                command += ["--again"] if options.again else []
+                subprocess.run(command, check=True, env=os.environ | UNFRAGMENTED)
+                record = Record("engine", options.keep, options.again)
+                continue
+            record.add(name, options.threads, step, STEPS[step](case, options.repeats))
 
 
 if __name__ == "__main__":

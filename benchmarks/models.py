@@ -1,7 +1,8 @@
 """Full-size networks in plain torch.nn for timing, with random weights; their accuracy is not the point.
 
 Layer shapes are the published ones, so that a time here is a time for ResNet-18, ResNet-50, MobileNetV2, ViT-B/16 and
-a BERT-base encoder. `warmed_up` gives BatchNorm statistics that fit the weights, without which ranges explode.
+a BERT-base encoder. `warmed_up` gives BatchNorm statistics that fit the weights, without which ranges explode. `load`
+gives these, and the trained networks of the digits, by name, each with the batch that its figures are told for.
 """
 
 import copy
@@ -11,6 +12,27 @@ import torch
 from torch import Tensor, nn
 
 CLASSES = 1000
+DIGITS = {"digits_mobilenet": "mobilenet", "digits_resnet": "resnet"}
+LARGE = ("resnet50", "mobilenet_v2", "vit_b_16", "bert_base_encoder")
+NAMES = (*DIGITS, "resnet18", *LARGE)
+IMAGES, TOKENS = (8, 3, 224, 224), (8, 128, 768)
+
+
+def load(name: str) -> tuple[nn.Module, Tensor]:
+    """A model in eval mode and one batch: 64 digits, 8 images of noise, or 8 x 128 tokens of noise."""
+    if name in DIGITS:
+        from qlab import examples
+
+        return getattr(examples, DIGITS[name])(), examples.digits().test_images[:64]
+    build = {
+        "resnet18": resnet18,
+        "resnet50": resnet50,
+        "mobilenet_v2": mobilenet_v2,
+        "vit_b_16": vit_b_16,
+        "bert_base_encoder": bert_base_encoder,
+    }[name]
+    size = TOKENS if name == "bert_base_encoder" else IMAGES
+    return warmed_up(build(), size), torch.randn(size)
 
 
 def warmed_up(model: nn.Module, size: tuple[int, ...], passes: int = 4) -> nn.Module:
@@ -18,6 +40,8 @@ def warmed_up(model: nn.Module, size: tuple[int, ...], passes: int = 4) -> nn.Mo
 
     For example `warmed_up(resnet18(), (8, 3, 224, 224))`.
     """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return copy.deepcopy(model).eval()
     warm = copy.deepcopy(model).train()
     for module in warm.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -1,12 +1,12 @@
 """What quantization-aware training costs a step, and what it reaches on the digits networks.
 
-    python benchmarks/qat.py                # both, some minutes on one core
-    python benchmarks/qat.py steps          # one training step against the float model's
-    python benchmarks/qat.py reach          # three epochs against the best result without training
-    python benchmarks/qat.py reach --json benchmarks/results/qat.json
+    python -m benchmarks.qat steps [NAME ...] [--threads 1] [--keep]   # one training step against the float model's
+    python -m benchmarks.qat reach [--keep]                            # three epochs against the best without training
 
-Steps: forward, backward and Adam's step in train mode, the modes beside the float model in every repeat: the network as
-it is, with its BatchNorms, and folded (there the float model is the sim with its quantizers off). Reach: per tensor,
+Steps: forward, backward and Adam's step in train mode, as training runs, the modes beside the float model in every
+repeat: the network as it is, with its BatchNorms, and folded (there the float model is the sim with its quantizers
+off). In eval mode, where BatchNorm is cheap, or with plain SGD, which costs next to nothing, the same quantizers would
+look dearer. 32 digits, 8 images for ResNet-18, 2 samples for the larger ones. Reach: per tensor,
 weights and activations at the same bits, means over seeds of the order of batches. The best without training is the
 best (by accuracy, then SQNR) of several range rules and AdaRound on top; rules and rounding are picked on the test
 images, which favours them. The interval of a difference is paired: the same images, asked twice.
@@ -14,61 +14,47 @@ images, which favours them. The interval of a difference is paired: the same ima
 
 import argparse
 import copy
-import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from engine import load, ratio
 from torch import Tensor, nn
 from torch.nn import functional
 
 import qlab
+from benchmarks.measuring import Row, interleaved, ratio
+from benchmarks.models import DIGITS, LARGE, NAMES, load
+from benchmarks.record import Record
 
 MODES = ("regular", "range_learning")
-STEP_LIMITS = {"digits_mobilenet": (1.6, 2.0), "resnet18": (1.3, 1.5)}  # regular, range learning
+FOLDED = (*DIGITS, "resnet18")
 RULES = (("min_max", "min_max"), ("sqnr", "min_max"), ("sqnr", "sqnr"), ("mse", "mse"))
 EPOCHS = 3
 
 
-def steps(repeats: int) -> Iterator[dict[str, Any]]:
+def steps(name: str, repeats: int, is_folded: bool) -> dict[str, Row]:
     """The cost of a training step in either mode, relative to the float model's."""
-    for name, limits in STEP_LIMITS.items():
-        model, x = load(name)
-        x = x[:32]
-        for is_folded in (False, True) if name == "digits_mobilenet" else (False,):
-            sim = qlab.QuantSim(model, x[:2], qlab.presets.w8a8())
-            if is_folded:
-                qlab.BatchNormFolding().apply(sim)
-            sim.calibrate([x])
-            exact = copy.deepcopy(sim)
-            exact.quantization_enabled = False
-            works = [training_step(exact if is_folded else copy.deepcopy(model), x)]
-            for mode in MODES:
-                each = copy.deepcopy(sim)
-                each.qat(mode)
-                works.append(training_step(each, x))
-            times = cpu_seconds(repeats, *works)
-            shown = f"{name}, folded" if is_folded else name
-            for mode, found, limit in zip(MODES, times[1:], limits, strict=True):
-                yield {"network": shown, "mode": mode, **ratio(found, times[0]), "limit": limit}
-
-
-def cpu_seconds(repeats: int, *works: Callable[[], None]) -> list[list[float]]:
-    """CPU seconds of each work (one thread, so what else the machine does hardly counts), in turns."""
-    for work in works:
-        work()
-    times: list[list[float]] = [[] for _ in works]
-    for _ in range(repeats):
-        for work, found in zip(works, times, strict=True):
-            begin = time.process_time()
-            work()
-            found.append(time.process_time() - begin)
-    return times
+    model, x = load(name)
+    x = x[:2] if name in LARGE else x[:32]
+    sim = qlab.QuantSim(model, x[:2], qlab.presets.w8a8())
+    if is_folded:
+        qlab.BatchNormFolding().apply(sim)
+    sim.calibrate([x])
+    exact = copy.deepcopy(sim)
+    exact.quantization_enabled = False
+    works = [training_step(exact if is_folded else model, x)]
+    for mode in MODES:
+        each = copy.deepcopy(sim)
+        each.qat(mode)
+        works.append(training_step(each, x))
+    base, *times = interleaved(repeats, *works)
+    end = ", BatchNorm folded in both" if is_folded else ""
+    return {
+        f"training step, {mode.replace('_', ' ')} / float step{end}": ratio(found, base)
+        for mode, found in zip(MODES, times, strict=True)
+    }
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -79,7 +65,7 @@ def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
     def work() -> None:
         optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(model(x), labels).backward()
+        functional.cross_entropy(model(x).reshape(len(x), -1), labels).backward()
         optimizer.step()
 
     return work
@@ -178,31 +164,34 @@ def told(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Prints what was asked for."""
+    """Measures what was asked for, and keeps it when asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["steps", "reach"], help="steps, reach")
+    parser.add_argument("part", choices=("steps", "reach"))
+    parser.add_argument("names", nargs="*", default=NAMES)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3])
-    parser.add_argument("--json", type=Path)
+    for flag in ("--keep", "--again"):
+        parser.add_argument(flag, action="store_true")
     asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    record = Record("qat", asked.keep, asked.again)
+    if asked.part == "steps":
+        for name in asked.names:
+            for is_folded in (False, True) if name in FOLDED else (False,):
+                torch.manual_seed(0)
+                step = f"training step{', folded' if is_folded else ''}"
+                if record.lacks(name, asked.threads, step):
+                    record.add(name, asked.threads, step, steps(name, asked.repeats, is_folded))
+        return
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    found: dict[str, list[dict[str, Any]]] = {"steps": [], "reach": []}
-    if "steps" in asked.parts:
-        for row in steps(asked.repeats):
-            found["steps"].append(row)
-            spread = f"{row['low']:.2f} to {row['high']:.2f}"
-            told_ratio = f"{row['ratio']:.2f} ({spread}), at most {row['limit']}"
-            print(f"{row['network']:25} {row['mode']:15} {told_ratio}", flush=True)
-    if "reach" in asked.parts:
-        for bits in asked.bits:
-            for row in reach(bits, asked.seeds):
-                found["reach"].append(row)
-                print(told(row), flush=True)
-    if asked.json is not None:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    record.found["reach"] = []
+    for bits in asked.bits:
+        for row in reach(bits, asked.seeds):
+            record.found["reach"].append(row)
+            record.write()
+            print(told(row), flush=True)
 
 
 if __name__ == "__main__":
