@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qlab.errors import SpecError
+from qlab.lab.journal import PARTS, distinct
 from qlab.quantization import (
     Encoding,
     Quantizer,
@@ -19,6 +20,7 @@ from qlab.quantization import (
     error_of_range,
     fake_quantize,
 )
+from qlab.sim import QuantSim
 from qlab.sim.tables import noise_on_grid
 
 
@@ -106,6 +108,22 @@ def histogram_of(
         enabled=quantizer.enabled,
         frozen=quantizer.frozen,
     )
+
+
+def channels_of(sim: QuantSim, part: str) -> pd.DataFrame:
+    """The `channels` of every weight or output that has a quantizer of its own, and the `layer` of each.
+
+    Raises SpecError for a part that is neither 'weight' nor 'output'.
+    """
+    if part not in PARTS:
+        raise SpecError(f"part must be 'weight' or 'output'; got {part!r}.")
+    frames = [pd.DataFrame(columns=["layer", "channel", "min", "max", "low", "high"])]
+    for quantizer in distinct(q for q in sim.quantizers.values() if isinstance(q, Quantizer)):
+        if isinstance(quantizer, WeightQuantizer) == (part == "weight"):
+            encoding = quantizer.encoding
+            frame = _channels(quantizer, None if encoding is None else encoding.to("cpu"))
+            frames.append(frame.assign(layer=quantizer.name))
+    return pd.concat([frame for frame in frames if len(frame)] or frames, ignore_index=True)
 
 
 def error_curve(quantizer: Quantizer, points: int = 64) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from qlab.errors import Busy, HistoryError, InputError
 from qlab.lab.code import plain
 from qlab.lab.events import LabEvents
 from qlab.lab.given import Given
-from qlab.lab.histogram import HistogramData, error_curve, histogram_of
+from qlab.lab.histogram import HistogramData, channels_of, error_curve, histogram_of
 from qlab.lab.jobs import Job, worker_of
 from qlab.lab.journal import Configure, Edit, Set, SetRange, quantizer_of
 from qlab.lab.measuring import Measuring
@@ -265,6 +265,11 @@ class Lab:
         """
         with self._lock, torch.no_grad():
             return histogram_of(quantizer_of(self.sim, layer, part), layer, part, channel, bins, bounds)
+
+    def channels(self, part: str = "weight") -> pd.DataFrame:
+        """The ranges of the channels of all weights or outputs: columns layer, channel, min, max, low, high."""
+        with self._lock, torch.no_grad():
+            return channels_of(self.sim, part)
 
     def error_curve(self, layer: str, part: str = "weight", points: int = 64) -> pd.DataFrame:
         """The mean squared error if the range were clipped at `clip`: columns clip, low, high, error."""

@@ -46,8 +46,9 @@ class HeatMapFigure(LayerRows):
             source=self.source,
             fill_color="color",
             line_color="color",
-            nonselection_fill_alpha=0.35,
+            nonselection_alpha=1.0,  # paler ones would be of another colour than the bar's
         )
+        cells.selection_glyph = cells.glyph.clone(line_color=theme.ORANGE, line_width=3)
         self._colors = LinearColorMapper(palette=list(theme.HEAT), low=0, high=1)
         self._bar = ColorBar(color_mapper=self._colors, title=value_name, width=12, background_fill_alpha=0)
         theme.style_color_bar(self._bar)

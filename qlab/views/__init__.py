@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from qlab.views.bokeh_pane import BokehPane
+from qlab.views.channels import Channels
 from qlab.views.compare import Compare
 from qlab.views.dashboard import Dashboard
 from qlab.views.diagnosis import Diagnosis
@@ -40,6 +41,7 @@ from qlab.views.view import View
 __all__ = [
     "TABS",
     "BokehPane",
+    "Channels",
     "Column",
     "Compare",
     "Dashboard",

@@ -321,6 +321,23 @@ def test_a_range_is_typed_and_a_channel_clicked(notebook, dashboard):
     notebook.screenshot("workbench_channel")
 
 
+def test_a_click_in_the_heat_map_shows_the_channel(notebook, dashboard):
+    view = show(dashboard, "Channels")
+    pane = view.locator(".qlab-pane").first
+    picture = np.array(Image.open(io.BytesIO(pane.screenshot())).convert("RGB")).astype(int)
+    rows, columns = np.nonzero(np.ptp(picture, axis=2) > 40)  # cells have colours; names and grid are grey
+    pane.click(position={"x": float(columns.min()) + 4, "y": float(rows[columns == columns.min()].min()) + 6})
+    caption = view.locator("[role=status] b")
+    expect(caption).to_have_text(re.compile(r"\S+ weight channel \d+"))
+    layer, _, _, channel = caption.inner_text().split()
+    clicked = (
+        "view = lab._dashboard.views['Channels']; print(*view._figure.cells_at(view._figure.source.selected.indices))"
+    )
+    assert notebook.py(clicked).startswith(f"('{layer}', {channel},")
+    assert notebook.py("print(lab.selected)") == f"('{layer}',)"
+    notebook.screenshot("workbench_channels")
+
+
 def test_a_technique_refuses_runs_and_reports(notebook, dashboard):
     show(dashboard, "Techniques")
     dashboard.get_by_label("Technique", exact=True).select_option("CrossLayerEqualization")
@@ -421,7 +438,7 @@ def test_the_tab_in_front_survives_a_reload(notebook):
 @pytest.mark.parametrize("theme", ["Dark", "Light"])
 def test_every_tab_is_whole_and_legible(notebook, dashboard, theme):
     """At 1280 x 800, beside the sidebar, after all of the above."""
-    notebook.py("lab.go_to(lab.history.step.iloc[-1]); lab.select('stem.conv')")
+    notebook.py("lab.go_to(lab.history.step.iloc[-1]); lab.set('head.conv', 'weight', bits=3); lab.select('stem.conv')")
     pane = show(dashboard, "Layers").locator(".qlab-pane").first
     top = places(pane, ORANGE)[0].min()
     notebook.theme(theme)
