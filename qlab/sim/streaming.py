@@ -63,8 +63,11 @@ class Stop:
 
     def inputs(self, operand: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(float, quantized) values of one positional argument for each batch, in order."""
-        for of_float, of_sim in self.arguments():
-            yield of_float.args[operand], of_sim.args[operand]
+        for sides in self.arguments():
+            x, xh = (side.args[operand] for side in sides)
+            del sides
+            yield x, xh
+            del x, xh  # before the next batch is read
 
 
 def stream(

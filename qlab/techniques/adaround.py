@@ -118,7 +118,7 @@ class AdaRound(Technique):
         """Changes the task's quantizer: the paper's form."""
         steps = self.iterations or 10_000
         levels = train_rounding(task, SoftRounding(steps), self.memory << 19, self.seed, _reporter(report, steps))
-        task.use_levels([(slice(None), levels)], self.correct_bias)
+        task.use_levels(levels, self.correct_bias)
 
     def _is_cheaper_trained(self, task: RoundingTask) -> bool:
         """Whether minibatches cost less than the search: one output of very many inputs, say."""

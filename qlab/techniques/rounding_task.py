@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlab.analysis.moments import Moments
 from qlab.graph import Layer, LinearForm, linear_form
+from qlab.mapped import let_go
 from qlab.quantization import WeightQuantizer
 from qlab.quantization.rounding import RoundingProblem, best_factors, scale_errors
 from qlab.sim import QuantSim
@@ -50,8 +51,14 @@ class RoundingTask:
         return self.form.matrix(self.quantizer.weight.detach())
 
     @property
-    def parts(self) -> list[slice]:
-        """The rows M in parts that fit in memory one after the other."""
+    def parts(self) -> Iterator[slice]:
+        """The rows M in parts that fit in memory one after the other; what is mapped is let go after each."""
+        for rows in self._slices:
+            yield rows
+            let_go(*(kept for kept in (self.quantizer.weight, self.quantizer.rounding) if kept is not None))
+
+    @cached_property
+    def _slices(self) -> list[slice]:
         groups, rows, columns = self.form.groups, self.form.outputs, self.form.inputs
         size = max(self.max_bytes // (_BYTES_AN_ENTRY * groups * columns), 1)
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
@@ -161,6 +168,7 @@ class RoundingTask:
                 y = exact @ self.weight[:, rows].float().transpose(1, 2)
                 wrong = y - given @ self._quantized(rows).float().transpose(1, 2)
                 signal, noise = signal + float(y.double().square().sum()), noise + float(wrong.double().square().sum())
+            del x, xh, exact, given  # before the next batch is read
         return decibel(signal, noise)
 
     def _noise(self, moments: Moments, rows: slice) -> float:
@@ -253,7 +261,7 @@ class Problems:
     def _problem(self, rows: slice) -> RoundingProblem:
         encoding = self.task.quantizer.required_encoding()
         scale, zero = (values.to(self.metric.dtype) for values in self.task._grid(rows))
-        target = self._whole if len(self.task.parts) == 1 else self.target_of(rows).to(self.metric.dtype)
+        target = self._whole if len(self.task._slices) == 1 else self.target_of(rows).to(self.metric.dtype)
         return RoundingProblem(target, self.metric, scale, encoding.qmin - zero, encoding.qmax - zero)
 
     @cached_property

@@ -1,10 +1,10 @@
 """AdaRound as published: soft rounding trained on minibatches, the activation function in the loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from qlab.graph import Layer, call_layer
@@ -16,28 +16,43 @@ from qlab.techniques.rounding_task import RoundingTask
 SAMPLES = 32
 """Samples a step, as in the paper."""
 
-_FOLLOWED = frozenset({"batch_norm", "relu", "relu6", "clip", "leaky_relu", "prelu"})
+_ELEMENTWISE = frozenset({"relu", "relu6", "clip", "leaky_relu"})
+_FOLLOWED = _ELEMENTWISE | {"batch_norm", "prelu"}
 
 
 def train_rounding(
     task: RoundingTask, soft: SoftRounding, max_bytes: int, seed: int, each: Callable[[int], None], rate: float = 1e-3
-) -> Tensor:
-    """Levels [groups, M, K], each the floor of the weight or one above.
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, levels [groups, m, K]) of each part of the layer, each level the floor of the weight or one above.
 
     Loss: squared error after the activation function that is fused with the layer, summed over channels and averaged
     over samples and positions, plus the regularizer. Inputs are those of the sim as rounded so far, targets those of
-    the float model. As many batches as fit `max_bytes` are drawn from. each: called with every step's number.
+    the float model. As many batches as fit `max_bytes` are drawn from, the same samples for every part. each: called
+    with every step's number.
     """
+    following = activations(task.sim, task.layer)
+    inputs, wanted, template = _samples(task, following, max_bytes)
+    for rows in task.parts if _has_parts(task, following) else [slice(None)]:
+        yield rows, _train_rows(task, rows, following, (inputs, wanted, template), (soft, seed, each, rate))
+
+
+_Data = tuple[Tensor, Tensor, Arguments]
+_Course = tuple[SoftRounding, int, Callable[[int], None], float]
+
+
+def _train_rows(task: RoundingTask, rows: slice, following: list[Layer], data: _Data, course: _Course) -> Tensor:
+    """The levels of some output channels."""
+    (inputs, wanted, template), (soft, seed, each, rate) = data, course
     quantizer, form = task.quantizer, task.form
-    encoding, weight = quantizer.required_encoding(), quantizer.weight.detach()
-    scale, zero = (part.expand_as(weight).contiguous() for part in encoding.broadcast(weight.shape))
+    encoding, shape = quantizer.required_encoding(), quantizer.weight.shape
+    weight = quantizer.weight.detach()[rows]
+    scale, zero = (part.expand(shape)[rows].contiguous() for part in encoding.broadcast(shape))
     low, high = encoding.qmin - zero, encoding.qmax - zero
     floor = torch.minimum(torch.maximum((weight / scale).floor(), low), high)
     v = soft.start((weight / scale - floor).clamp(0, 1 - 1e-6))
     adam = Adam(v, rate)
-    following = activations(task.sim, task.layer)
-    inputs, wanted, template = _samples(task, following, max_bytes)
     axis = 1 if form.windows is not None else -1
+    wanted = wanted if rows == slice(None) else wanted.movedim(axis, 0)[rows].movedim(0, axis)
     generator = torch.Generator().manual_seed(seed)
     with task.sim.evaluating(), torch.no_grad():
         for step in range(soft.steps):
@@ -48,14 +63,24 @@ def train_rounding(
             held = torch.minimum(torch.maximum(levels, low), high)
             rounded = (held * scale).requires_grad_()
             with torch.enable_grad():
-                output = _follow(following, _apply(task, template, inputs[drawn], rounded))
+                output = _follow(following, _apply(task, template, inputs[drawn], rounded, rows))
             # The loss's own derivative by the output: the loss itself is never needed.
             by_output = (output - wanted[drawn]).mul_(2 * output.shape[axis] / output.numel())
             (by_weight,) = torch.autograd.grad(output, [rounded], by_output)
             by_share = by_weight.mul_(scale).mul_(held == levels)
             adam.step(soft.gradient(v, share, by_share, soft.beta(step)))
     chosen = torch.minimum(torch.maximum(floor + (soft.share(v) >= 0.5), low), high)
-    return form.matrix(chosen)
+    return form.matrix(chosen) if rows == slice(None) else chosen.reshape(form.groups, -1, form.inputs)
+
+
+def _has_parts(task: RoundingTask, following: list[Layer]) -> bool:
+    """Whether the module computes some of its outputs when given those rows of its weight and bias."""
+    module = task.layer.module
+    return (
+        isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and task.form.groups == 1
+        and all(layer.kind in _ELEMENTWISE for layer in following)
+    )
 
 
 def activations(sim: QuantSim, layer: Layer) -> list[Layer]:
@@ -79,24 +104,37 @@ def _samples(task: RoundingTask, following: list[Layer], max_bytes: int) -> tupl
     template = None
     with task.sim.evaluating():
         for of_float, of_sim in task.stop.arguments():
-            template = of_sim
+            template = of_sim if template is None else template
             output = _follow(following, call_layer(task.layer, of_float.args, of_float.kwargs))
+            held += sum(t.numel() * t.element_size() for t in (of_sim.args[operand], output))
+            if held > max_bytes and inputs:
+                break
             inputs.append(of_sim.args[operand])
             wanted.append(output)
-            held += sum(t.numel() * t.element_size() for t in (inputs[-1], output))
-            if held > max_bytes:
-                break
+            del of_float, of_sim  # before the next batch is read
     assert template is not None
-    return torch.cat(inputs), torch.cat(wanted), template
+    return _joined(inputs), _joined(wanted), template
 
 
-def _apply(task: RoundingTask, template: Arguments, x: Tensor, weight: Tensor) -> Any:
-    """The layer's output for inputs `x` and another weight, differentiable by the weight."""
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Changes `parts`: what torch.cat makes of them, each let go when it is copied, so that none is held twice."""
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    stop = len(whole)
+    while parts:
+        part = parts.pop()
+        whole[stop - len(part) : stop] = part
+        stop -= len(part)
+    return whole
+
+
+def _apply(task: RoundingTask, template: Arguments, x: Tensor, weight: Tensor, rows: slice) -> Any:
+    """The layer's output for inputs `x` and another weight (or rows of it), differentiable by the weight."""
     layer = task.layer
     if layer.module is not None:
-        return functional_call(
-            layer.module, {task.quantizer.attribute: weight}, (x, *template.args[1:]), template.kwargs
-        )
+        used = {task.quantizer.attribute: weight}
+        if rows != slice(None) and isinstance(layer.module.bias, Tensor):
+            used["bias"] = layer.module.bias[rows]
+        return functional_call(layer.module, used, (x, *template.args[1:]), template.kwargs)
     args = list(template.args)
     for position, source in enumerate(layer.args):
         if isinstance(source, Layer) and source.owner is task.quantizer.owner:

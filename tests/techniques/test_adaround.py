@@ -531,3 +531,27 @@ def test_a_layer_taken_in_parts_is_rounded_as_one_taken_whole(technique, granula
         same = (one.quantized() - other.quantized()).abs() < 1e-6
         assert float(same.float().mean()) > 0.995  # sums in another order may tip a tie
     assert len(report.rows) == 2
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 10), nn.Conv1d(3, 10, 2)])
+def test_training_in_parts_is_training_whole(layer, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), layer, nn.ReLU()) if isinstance(layer, nn.Linear) else nn.Sequential(layer)
+    x = torch.randn(100, *((6,) if isinstance(layer, nn.Linear) else (3, 8)))
+    whole = qlab.QuantSim(model.eval(), x, qlab.presets.w4a8())
+    whole.configure("*", weight={"bits": 3, "granularity": "per_channel"})
+    whole.calibrate([x])
+    parts, steps = copy.deepcopy(whole), []
+    technique = qlab.AdaRound(method="sgd", iterations=200)
+    technique.apply(whole, [x])
+    monkeypatch.setattr("qlab.techniques.rounding_task._BYTES_AN_ENTRY", (2048 << 20) // 18)  # 3 rows of 6
+    shape = qlab.quantization.rounding.SoftRounding.share
+    monkeypatch.setattr(
+        qlab.quantization.rounding.SoftRounding, "share", staticmethod(lambda v: (steps.append(len(v)), shape(v))[1])
+    )
+    technique.apply(parts, [x])
+    assert set(steps) == {3, 1}
+    name = next(name for name, found in whole.layers.items() if found.weight is not None)
+    assert whole[name].weight.rounding.float().std() > 0
+    assert torch.equal(whole[name].weight.rounding, parts[name].weight.rounding)
+    assert torch.allclose(whole(x), parts(x), atol=1e-6)
