@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -214,7 +215,12 @@ class AutoQuantRun:
             name = f"CLE, {weights} / {outputs}" if equalized else f"{weights} / {outputs}"
             record = StageRecord(name, GIVEN if parent is None else parent.record.stage)
             key = key_of("" if parent is None else parent.key, "rules", weights, outputs)
-            self._stage(Stage(record, parent, key, rules=(weights, outputs)), self._with_rules(weights, outputs))
+            work = partial(self._set_rules, weights, outputs)
+            self._stage(Stage(record, parent, key, rules=(weights, outputs)), work)
+
+    def _set_rules(self, weights: str, outputs: str, progress: Progress) -> str:
+        set_rules(self.sim, weights, outputs)
+        return ""
 
     def _send_ahead(self, stages: "list[tuple[str, Stage | None, tuple[str, str] | Technique]]") -> None:
         """Lets workers, where there are some, begin with stages that start from finished ones: (key, parent, what)."""
@@ -231,13 +237,6 @@ class AutoQuantRun:
             path = Path(folder) / "sim.safetensors"
             path.write_bytes(state)
             self.tree.adopt(stage, lambda: load_state(self.sim, path))
-
-    def _with_rules(self, weights: str, outputs: str) -> Callable[[Progress], str]:
-        def work(progress: Progress) -> str:
-            set_rules(self.sim, weights, outputs)
-            return ""
-
-        return work
 
     def _apply(
         self, name: str, parent: Stage | None, technique: Technique, data: Batches | None = None
