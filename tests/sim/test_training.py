@@ -179,6 +179,28 @@ def test_a_range_that_is_no_number_gives_no_number_and_no_error():
         assert bool(twin.output(x).isnan().any())
 
 
+def test_lsq_divides_the_gradients_of_a_range_by_the_root_of_its_elements_and_steps():
+    found = []
+    for lsq in (False, True):
+        sim, x, y = make()
+        sim.qat("range_learning", lsq=lsq)
+        nn.functional.cross_entropy(sim(x), y).backward()
+        found.append(sim)
+    plain, scaled = found
+    ends = 0
+    for name, elements in (("0:weight", 4 * 9), ("5:weight", 144 * 3), ("2:output", x[:, :1].numel() * 4)):
+        one, other = (sim.quantizers[name].learned for sim in (plain, scaled))
+        qmax = sim.quantizers[name].encoding.qmax  # Esser et al. 2020: g = 1 / sqrt(N Q)
+        for mine, want in zip(other.parameters(), one.parameters(), strict=True):
+            assert float(mine.grad) == pytest.approx(float(want.grad) / (elements * qmax) ** 0.5, rel=1e-4)
+            ends += float(want.grad) != 0
+    assert ends >= 3
+    moved = [
+        (p, q) for (n, p), (_, q) in zip(plain.model.named_parameters(), scaled.model.named_parameters(), strict=True)
+    ]
+    assert all(torch.equal(p.grad, q.grad) for p, q in moved)
+
+
 def test_other_bits_in_training_keep_the_parameters_that_the_optimizer_holds_and_the_range():
     sim, x, y = make()
     sim.qat("range_learning")
