@@ -17,6 +17,8 @@ from qlab.techniques.training_control import TrainingEdit
 if TYPE_CHECKING:
     from qlab.techniques.qat_run import QATRun
 
+FORMAT = "qlab-qat-1"  # part of the identity: files written otherwise are not read
+
 
 class Checkpoint:
     """One file an epoch with weights, ranges and optimizer, and a header that tells whose they are; no pickle."""
@@ -32,7 +34,7 @@ class Checkpoint:
         folder.mkdir(parents=True, exist_ok=True)
         left_out = ("checkpoint_dir", "on_cancel", "follow", "between_epochs", "stop_after", "control")
         plain = {f.name: str(getattr(run.settings, f.name)) for f in fields(run.settings) if f.name not in left_out}
-        digest = hashlib.sha256(json.dumps([plain, len(run.data)], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([FORMAT, plain, len(run.data)], sort_keys=True).encode())
         for name, value in sorted(run.sim.state_dict().items()):
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
         return cls(folder, digest.hexdigest())

@@ -103,3 +103,15 @@ def test_training_goes_on_where_checkpoints_cannot_be_kept_and_says_so(original,
     assert differing(state(sim), state(plain)) == []
     assert sum("could not be kept" in note for note in report.notes) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_version_is_not_resumed(original, tmp_path, monkeypatch):
+    plain, sim = copy.deepcopy(original), copy.deepcopy(original)
+    qlab.QAT(epochs=2).apply(plain, labelled())
+    with monkeypatch.context() as older:
+        older.setattr("qlab.techniques.qat_checkpoint.FORMAT", "qlab-qat-0")
+        qlab.QAT(epochs=2, checkpoint_dir=str(tmp_path)).apply(copy.deepcopy(original), labelled())
+    report = qlab.QAT(epochs=2, checkpoint_dir=str(tmp_path)).apply(sim, labelled())
+    assert any("started anew" in note for note in report.notes)
+    assert report.values["steps"] == 2 * len(labelled())
+    assert differing(state(sim), state(plain)) == []

@@ -108,3 +108,25 @@ def test_auto_quant_interrupted_at_random_moments_gives_a_state_that_it_scored(o
         # folded, its float results are those of the original up to rounding
         assert float(result.sim.evaluate(score())) == pytest.approx(result.best.score, rel=1e-5)
         assert differing(state(original), before) == []
+
+
+def test_ctrl_c_at_random_moments_of_auto_quant_leaves_the_sim_and_the_next_run_is_right(original):
+    chance, before, data = random.Random(1), state(original), [x for x, _ in labelled()]
+    auto = qlab.AutoQuant(techniques=("CrossLayerEqualization",), stop_at_target=False)
+
+    def stages(result: Any) -> list[tuple[str, str, float]]:
+        return [(record.stage, record.verdict, record.score) for record in result.records]
+
+    want = stages(auto.apply(original, data, score=score()))
+    with Lines() as lines:
+        auto.apply(original, data, score=score())
+    for turn in range(2 * MOMENTS):
+        moment = chance.random()
+        try:
+            with Lines(stop_at=1 + int(moment * lines.count)):
+                assert auto.apply(original, data, score=score()).cancelled, f"turn {turn}, moment {moment}"
+        except KeyboardInterrupt:
+            pass
+        assert differing(state(original), before) == [], f"turn {turn}, moment {moment}"
+        assert torch.is_grad_enabled()
+    assert stages(auto.apply(original, data, score=score())) == want
