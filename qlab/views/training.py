@@ -112,7 +112,7 @@ class Training(View):
         if record.score is not None:
             self._show_waiting()
         now = time.monotonic()
-        if now - self._drawn >= DRAW_EVERY_S:
+        if record.score is not None or now - self._drawn >= DRAW_EVERY_S:  # nothing may follow an epoch for long
             self._drawn = now
             self._say(f"{job.title}, epoch {record.epoch + 1}, step {record.step}.")
             self.redraw_soon()
