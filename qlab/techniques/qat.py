@@ -23,8 +23,8 @@ class QAT(Technique):
     """Fine-tunes weights (and ranges) with quantization in the loop.
 
     What: a few epochs of Adam through the simulation, learning rate annealed by a cosine. When: after the techniques
-    without training, when the score is still short and a training set is at hand; at 4 bits it gains most. Cost: about
-    1.5 to 2 times that of float training. `apply(sim, labelled)` takes batches of (x, y); without labels only
+    without training, when the score is still short and a training set is at hand; at 4 bits it gains most. Cost: 1.1 to
+    1.8 times that of float training. `apply(sim, labelled)` takes batches of (x, y); without labels only
     `distill` can train. The sim stays in float where a quantizer is off. `loss` may be any function of (result,
     labels). A layer can be frozen or given other bits between epochs: by `edits`, such as (2, "fc", "weight.bits", 8)
     before the second epoch or (3, "stem.conv", "frozen", True); by a person through a `qlab.TrainingControl` while it
