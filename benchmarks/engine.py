@@ -5,7 +5,7 @@
 Names: kernel (rounding one tensor, and the import), and those of benchmarks/models.py. The float forward is that of the
 same model with BatchNorm not folded unless a row says so, in eval mode without gradient. Every ratio is one of medians
 of interleaved repeats, with its quartiles; what is told in seconds is a median. The forward pass is measured on
-the batch that the table names, everything else of the five large models on two samples. Steps: forward, calibrate
+the batch that the table names, everything else of the four large ones on two samples. Steps: forward, calibrate
 (every range rule, on 8 batches of the digits or 2 of the others), edit, export, memory, dashboard. --keep: kept for the
 table, and what is done is not measured again.
 """
