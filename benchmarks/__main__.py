@@ -37,7 +37,7 @@ def commands(name: str, threads: list[int], repeats: int) -> list[list[str]]:
             ["analyzer", *models, *end],
         ]
         if n == 1 or name not in LARGE:
-            found.append(["auto_quant", "total", *models, *end])
+            found += [["auto_quant", "total", model, *end] for model in models]  # each from a process that holds little
             found += [] if name == "digits" else [["adaround", "layers", *models, *end]]
     return found
 
