@@ -204,12 +204,16 @@ class Scoreboard:
         twin = QuantSim.__new__(QuantSim)
         twin.__dict__.update(self._sim.__dict__)
         batches, done = getattr(self.score, "batches", None), count()
+        guarded = self._interruptible(call, job)
+
+        def run(flat: Any) -> Any:  # in place of the sim's own, which knows no `call` and no interruption
+            return twin.graph.run(flat, guarded)
 
         def output(batch: Any) -> Any:
             job.step(next(done), 0 if batches is None else len(batches), "all data")
             return QuantSim.output(twin, batch)
 
-        twin.__dict__.update(call=self._interruptible(call, job), output=output)
+        twin.__dict__.update(call=guarded, _run=run, output=output)
         return twin
 
     def _interruptible(self, call: Call, job: Job) -> Call:
