@@ -25,7 +25,7 @@ TITLES = {
     "resnet50": "ResNet-50, 8 images of 224 px",
     "vit_b_16": "ViT-B/16, 8 images of 224 px",
     "bert_base_encoder": "encoder of the size of BERT-base, 8 x 128 tokens",
-    "dashboard": "the workbench, in JupyterLab in Chromium",
+    "dashboard": "the dashboard of 300 layers, in JupyterLab in Chromium",
     "growth": "a chain of up to 1,000 layers",
 }
 FORWARD = "sim forward / float forward"
