@@ -277,9 +277,9 @@ def test_a_group_is_selected_by_kind_and_edited_at_once(notebook, dashboard):
 
 def test_a_dragged_clip_line_previews_and_sets_the_range_as_one_step(notebook, dashboard):
     notebook.py("lab.go_to(0); lab.select('stem.conv')")
-    show(dashboard, "Layers")
-    dashboard.get_by_label("error curve").check()
-    pane = dashboard.locator(".qlab-pane").first
+    layers = show(dashboard, "Layers")
+    layers.get_by_label("error curve").check()
+    pane = layers.locator(".qlab-pane").first
     pane.scroll_into_view_if_needed()
     columns = np.bincount(places(pane, ORANGE)[1])
     lines = np.flatnonzero(columns > 0.4 * columns.max())
@@ -291,7 +291,7 @@ def test_a_dragged_clip_line_previews_and_sets_the_range_as_one_step(notebook, d
     for i in range(1, 9):
         notebook.page.mouse.move(x - 12 * i, y)
         notebook.page.wait_for_timeout(40)
-    preview = dashboard.get_by_text("preview:")
+    preview = layers.get_by_text("preview:")
     expect(preview).to_be_visible()
     expect(preview).not_to_contain_text(" 0.00% clipped")
     assert notebook.py("print(lab.step)") == step
@@ -299,25 +299,25 @@ def test_a_dragged_clip_line_previews_and_sets_the_range_as_one_step(notebook, d
     notebook.page.mouse.up()
     notebook.eventually("print(lab.step, sim['stem.conv'].weight.frozen)", f"{int(step) + 1} True")
     assert float(notebook.py("print(lab.histogram('stem.conv').high)")) < 0.8 * float(high)
-    expect(dashboard.get_by_text("range set by hand")).to_be_visible()
-    dashboard.get_by_role("button", name="By rule").click()
+    expect(layers.get_by_text("range set by hand")).to_be_visible()
+    layers.get_by_role("button", name="By rule").click()
     notebook.eventually("print(sim['stem.conv'].weight.frozen)", "False")
-    dashboard.get_by_label("error curve").uncheck()
+    layers.get_by_label("error curve").uncheck()
 
 
 def test_a_range_is_typed_and_a_channel_clicked(notebook, dashboard):
-    show(dashboard, "Layers")
-    dashboard.get_by_role("spinbutton", name="range").fill("-0.2")
-    dashboard.get_by_role("spinbutton", name="range").press("Tab")
-    dashboard.get_by_title("set this range and keep it").click()
+    layers = show(dashboard, "Layers")
+    layers.get_by_role("spinbutton", name="range").fill("-0.2")
+    layers.get_by_role("spinbutton", name="range").press("Tab")
+    layers.get_by_title("set this range and keep it").click()
     notebook.eventually("print(sim['stem.conv'].weight.frozen, round(lab.histogram('stem.conv').low, 1))", "True -0.2")
-    channels = dashboard.locator(".qlab-pane").nth(1)
+    channels = layers.locator(".qlab-pane").nth(1)
     rows, columns = places(channels, BAR)
     at = len(rows) // 2
     channels.click(position={"x": float(columns[at]), "y": float(rows[at])})
-    expect(dashboard.locator(".qlab-view b", has_text=re.compile(r"channel \d+"))).to_be_visible()
-    dashboard.get_by_title("show one channel alone").select_option("channel 3")
-    expect(dashboard.locator(".qlab-view b", has_text="stem.conv weight channel 3")).to_be_visible()
+    expect(layers.locator(".qlab-view b", has_text=re.compile(r"channel \d+"))).to_be_visible()
+    layers.get_by_title("show one channel alone").select_option("channel 3")
+    expect(layers.locator(".qlab-view b", has_text="stem.conv weight channel 3")).to_be_visible()
     notebook.screenshot("workbench_channel")
 
 
