@@ -213,7 +213,7 @@ class Scoreboard:
             job.step(next(done), 0 if batches is None else len(batches), "all data")
             return QuantSim.output(twin, batch)
 
-        twin.__dict__.update(call=guarded, _run=run, output=output)
+        twin.__dict__.update(call=guarded, run=run, output=output)
         return twin
 
     def _interruptible(self, call: Call, job: Job) -> Call:

@@ -208,9 +208,10 @@ class QuantSim(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result with every enabled quantizer at work; called as the model is."""
-        return self._run(self.graph.bind(args, kwargs))
+        return self.run(self.graph.bind(args, kwargs))
 
-    def _run(self, flat: Sequence[Any]) -> Any:
+    def run(self, flat: Sequence[Any]) -> Any:
+        """The result for the flat inputs that `inputs` gives: what `forward` and `output` call."""
         if not self.quantization_enabled:
             return self.graph.run(flat, call_layer)
         steps = self._steps if self._steps is not None else self._prepared()
@@ -329,7 +330,7 @@ class QuantSim(nn.Module):
     def output(self, batch: Any) -> Any:
         """The sim's result on one batch, labelled or not, without gradient."""
         with torch.no_grad():
-            return self._run(self.inputs(batch))
+            return self.run(self.inputs(batch))
 
     def compile(self) -> "CompiledSim":
         """The sim as it is now, through torch.compile: called as the sim is, for inference; later edits are not seen.
