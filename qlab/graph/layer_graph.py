@@ -269,8 +269,8 @@ class LayerGraph:
             if layer.kind == "input":
                 values[index] = call(layer, (next(inputs),), {})
             elif plain:
-                args = tuple(values[a.index] if isinstance(a, Layer) else a for a in layer.args)
-                values[index] = call(layer, args, layer.kwargs)
+                args = [values[a.index] if isinstance(a, Layer) else a for a in layer.args]
+                values[index] = call(layer, tuple(args), layer.kwargs)
             else:
                 values[index] = call(layer, fill(layer.args, values), fill(layer.kwargs, values))
             for free in frees:

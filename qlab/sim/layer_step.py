@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qlab.sim.quant_sim import QuantSim
 
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CLAMPS_AT = {"relu": math.inf, "relu6": 6.0}  # layers that clamp to [0, that], which rounding may do as well
 _MAKES_NEW = (
     "conv",
@@ -44,7 +45,7 @@ class LayerStep:
         if entry.carries_weight:
             self._compute = _carry
         elif self.weight is None or layer.module is None:
-            self._compute = _plain
+            self._compute = _batch_norm if type(layer.module) in _BATCH_NORMS else _plain
         else:
             self._compute = _WITH_WEIGHT.get(type(layer.module), _functional)
         self._integer = integer_kernel(sim, layer) if sim.preset.int32_bias else None
@@ -139,6 +140,18 @@ def _is_fresh(value: Tensor, args: tuple[Any, ...], layer: Layer) -> bool:
 
 def _plain(step: LayerStep, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return call_layer(layer, args, kwargs)
+
+
+def _batch_norm(step: LayerStep, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As the module computes it, without the module's own way there, which small networks feel."""
+    module: Any = layer.module
+    tensors, is_hooked = module._buffers, module._forward_hooks or module._forward_pre_hooks
+    if module.training or is_hooked or tensors["running_mean"] is None or torch.is_grad_enabled():
+        return call_layer(layer, args, kwargs)
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    mean, variance = tensors["running_mean"], tensors["running_var"]
+    on_cudnn = torch.backends.cudnn.enabled
+    return torch.batch_norm(args[0], weight, bias, mean, variance, False, 0.0, module.eps, on_cudnn)
 
 
 def _carry(step: LayerStep, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

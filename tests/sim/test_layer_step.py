@@ -81,9 +81,11 @@ def test_what_a_hook_has_seen_is_not_overwritten():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     sim = qlab.QuantSim(model, x)
     sim.calibrate([x])
+    with torch.no_grad():
+        unhooked = sim(x)
     seen = []
     sim.model[1].register_forward_hook(lambda module, args, value: seen.extend([value, value.clone()]))
     with torch.no_grad():
-        sim(x)
+        assert torch.equal(sim(x), unhooked)
     assert float(seen[0].min()) < 0
     assert torch.equal(*seen)
