@@ -150,9 +150,14 @@ class Notebook:
         assert last == printed, code
 
     def theme(self, name: str) -> None:
-        """Switch to "Light" or "Dark"."""
+        """Switch to "Light" or "Dark", and wait until JupyterLab has taken its splash screen away.
+
+        It does so 200 ms later, without asking whether an earlier change of theme did it already: of two changes within
+        that time the second ends in an error of the page.
+        """
         self.command("apputils:change-theme", theme=f"JupyterLab {name}")
         self.page.wait_for_function(f"document.body.dataset.jpThemeLight === '{str(name == 'Light').lower()}'")
+        self.page.wait_for_function("!document.getElementById('jupyterlab-splash')")
 
     def reload(self) -> None:
         """Save, then load the page again; the kernel keeps running."""
