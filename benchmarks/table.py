@@ -35,8 +35,11 @@ TARGETS = {  # by (model, row): at most this
     ("resnet50", FORWARD): 1.10,
     ("mobilenet_v2", FORWARD): 1.10,
     ("vit_b_16", FORWARD): 1.10,
-    ("kernel", "rounding a copy / ReLU"): 2.0,
-    ("kernel", "rounding in place / ReLU"): 2.0,
+    **{
+        ("kernel", f"rounding {how} / ReLU, {size}"): 2.0
+        for how in ("a copy", "in place")
+        for size in ("6 MB", "26 MB")
+    },
     ("kernel", "import beyond import torch, s"): 0.5,
     ("resnet18", "calibrate sqnr / float forwards"): 2.0,
     ("digits_mobilenet", "calibrate sqnr / float forwards"): 4.0,
