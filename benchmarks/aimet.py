@@ -17,17 +17,15 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from functools import cached_property
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from benchmarks.engine import RESET, UNFRAGMENTED, extra_seconds
-from benchmarks.measuring import Row, exactly, interleaved, middle, peak_bytes, ratio, seconds
+from benchmarks.measuring import Row, exactly, interleaved, middle, peak_bytes, ratio, seconds, training_step
 from benchmarks.models import DIGITS, LARGE, NAMES, load
 from benchmarks.record import Record
 
@@ -139,20 +137,6 @@ def training(case: Case, repeats: int) -> dict[str, Row]:
         for mode, found in zip(("regular", "range learning"), times, strict=True):
             rows[f"training step, {mode} / float step{end}"] = ratio(found, base)
     return rows
-
-
-def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """One step of Adam on made-up labels, as in benchmarks/qat.py."""
-    model.train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    labels = torch.arange(len(x)) % 10
-
-    def work() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(model(x).reshape(len(x), -1), labels).backward()
-        optimizer.step()
-
-    return work
 
 
 def export(case: Case, repeats: int) -> dict[str, Row]:

@@ -16,15 +16,14 @@ import argparse
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import qlab
-from benchmarks.measuring import Row, interleaved, ratio
+from benchmarks.measuring import Row, interleaved, ratio, training_step
 from benchmarks.models import DIGITS, LARGE, NAMES, load
 from benchmarks.record import Record
 
@@ -55,20 +54,6 @@ def steps(name: str, repeats: int, is_folded: bool) -> dict[str, Row]:
         f"training step, {mode.replace('_', ' ')} / float step{end}": ratio(found, base)
         for mode, found in zip(MODES, times, strict=True)
     }
-
-
-def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """One step of Adam on made-up labels."""
-    model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
-    labels = torch.arange(len(x)) % 10
-
-    def work() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(model(x).reshape(len(x), -1), labels).backward()
-        optimizer.step()
-
-    return work
 
 
 def networks() -> dict[str, nn.Module]:

@@ -26,12 +26,13 @@ from qlab.analysis.ledger import Ledger, Outcome, Row
 from qlab.analysis.plan import Plan
 from qlab.analysis.shadow import require_calibrated, shadow
 from qlab.analysis.sweep import Sweep
-from qlab.analysis.tasks import Piece, Workers, run_piece
+from qlab.analysis.tasks import Piece, on_workers, run_piece
 from qlab.analysis.units import Unit, chosen_units, units_of
 from qlab.errors import InputError
 from qlab.progress import Progress, Silent
 from qlab.settings import check, setting
 from qlab.sim import SQNR, Batches, Evaluation, PerSample, QuantSim, evaluation_of
+from qlab.sim.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class QuantAnalyzer:
         ledger, stopper = Ledger(judge), _Stopper(self.stop_when_stable, cases)
         workers = None if executor is None else Workers(executor, sweep)
         pieces = plan.pieces(sweep.sim)
-        found = _serial(sweep, pieces) if workers is None else workers.run(pieces, steps.look)
+        found = _serial(sweep, pieces) if workers is None else on_workers(workers, sweep, pieces, steps.look)
         for outcome in chain.from_iterable(found):
             steps.count(str(outcome.case))
             ledger.add(outcome)

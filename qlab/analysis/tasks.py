@@ -5,7 +5,6 @@ another, so that one that a dying worker takes along is computed again.
 """
 
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from qlab.analysis.divergence import Divergence
 from qlab.analysis.ledger import Outcome, scored
 from qlab.analysis.sweep import Sweep, Work
 from qlab.sim import Evaluation, PerSample, QuantSim
-from qlab.sim.workers import Workers as Pieces
+from qlab.sim.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -65,35 +64,18 @@ def _outcome(sim: QuantSim, piece: Piece, case: Case, reference: list[Divergence
     return scored(case, piece.first, lambda: evaluation.of_outputs(sim, outputs), divergence)
 
 
-class Workers:
-    """Runs pieces on an executor (concurrent.futures or alike), each on a worker's own copy of the sweep.
-
-    lost, reason: as of `qlab.sim.workers.Workers`.
-    """
-
-    def __init__(self, executor: Executor, sweep: Sweep) -> None:
-        self._sweep = sweep
-        self._workers = Pieces(executor, sweep)
-
-    @property
-    def lost(self) -> int:
-        """How many pieces workers failed at, and that were computed here."""
-        return self._workers.lost
-
-    @property
-    def reason(self) -> str:
-        """Why the last of them was."""
-        return self._workers.reason
-
-    def run(self, pieces: Iterator[Piece], waiting: Callable[[], None]) -> Generator[list[Outcome], None, None]:
-        """The outcomes of each piece, in the order in which they arrive. waiting: called often; may raise to stop."""
-        arriving = self._workers.as_they_arrive(_outcomes, pieces, waiting)
-        try:
-            for outcomes, work in arriving:
-                self._sweep.work += work
-                yield outcomes
-        finally:
-            arriving.close()
+def on_workers(
+    workers: Workers, sweep: Sweep, pieces: Iterator[Piece], waiting: Callable[[], None]
+) -> Generator[list[Outcome], None, None]:
+    """The outcomes of each piece, in the order in which they arrive, from workers that share the sweep; the work that
+    they took is added to that of `sweep`. waiting: called often meanwhile; may raise to stop."""
+    arriving = workers.as_they_arrive(_outcomes, pieces, waiting)
+    try:
+        for outcomes, work in arriving:
+            sweep.work += work
+            yield outcomes
+    finally:
+        arriving.close()
 
 
 def _outcomes(sweep: Sweep, piece: Piece) -> tuple[list[Outcome], Work]:

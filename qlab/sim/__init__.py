@@ -6,7 +6,8 @@ from qlab.sim.evaluate import SQNR, Accuracy, Agreement, Evaluation, Measurement
 from qlab.sim.files import load
 from qlab.sim.placement import Placed, Role
 from qlab.sim.presets import Preset
-from qlab.sim.quant_sim import QuantizedLayer, QuantSim
+from qlab.sim.quant_sim import QuantSim
+from qlab.sim.quantized_layer import QuantizedLayer
 from qlab.sim.snapshot import Snapshot
 
 __all__ = [

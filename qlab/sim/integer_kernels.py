@@ -75,32 +75,38 @@ class _WeightKernel:
         return self._codes[1]
 
 
-class _ProductKernel:
+class _OfTwo:
+    """A kernel of two activations."""
+
     def __init__(self, sim: "QuantSim", layer: Layer) -> None:
         self._inputs = [sim.placed[source.name].output for source in layer.inputs]
         self._output = requantizer(sim, layer)
 
-    def __call__(self, args: tuple[Any, ...], bias: Tensor | None) -> Tensor | None:
+    def _grids(self) -> tuple[Encoding, Encoding, Encoding] | None:
+        """Those of both inputs and of the output, None where one is not an integer kernel's."""
         left, right = (_byte(quantizer) for quantizer in self._inputs)
         output = _whole_byte(self._output)
-        if left is None or right is None or output is None:
+        return None if left is None or right is None or output is None else (left, right, output)
+
+
+class _ProductKernel(_OfTwo):
+    def __call__(self, args: tuple[Any, ...], bias: Tensor | None) -> Tensor | None:
+        grids = self._grids()
+        if grids is None:
             return None
+        left, right, output = grids
         sums = torch.matmul(_integers(args[0], left), _integers(args[1], right))
         return sums.mul_(left.scale * right.scale / output.scale).round_().mul_(output.scale)
 
 
-class _SumKernel:
+class _SumKernel(_OfTwo):
     """a * ra + (b * rb + (zc - (ra * za + rb * zb))), with ra = scale_a / scale_c, each `x * y + z` rounded once."""
 
-    def __init__(self, sim: "QuantSim", layer: Layer) -> None:
-        self._inputs = [sim.placed[source.name].output for source in layer.inputs]
-        self._output = requantizer(sim, layer)
-
     def __call__(self, args: tuple[Any, ...], bias: Tensor | None) -> Tensor | None:
-        left, right = (_byte(quantizer) for quantizer in self._inputs)
-        output = _whole_byte(self._output)
-        if left is None or right is None or output is None or left.scale.dim() or right.scale.dim():
+        grids = self._grids()
+        if grids is None or grids[0].scale.dim() or grids[1].scale.dim():
             return None
+        left, right, output = grids
         first, second = left.scale / output.scale, right.scale / output.scale
         at_zero = _fused(left.zero_point.float(), first, second * right.zero_point.float())
         value = _fused(_integers(args[1], right).add_(right.zero_point), second, output.zero_point - at_zero)
